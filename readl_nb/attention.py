@@ -96,8 +96,8 @@ def rows_of_attention(
     B, heads, Q, d = query.shape
     groups, K, R = heads // key.shape[1], key.shape[2], rows.shape[1]
     with torch.autocast(query.device.type, enabled=False):   # autocast would round the product
-        wanted = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, d)).float() * scaling
-        scores = wanted.view(B, key.shape[1], groups * R, d) @ key.float().transpose(-1, -2)
+        wanted = query if Q == R == 1 else query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, d))   # decoding: one query
+        scores = (wanted.float() * scaling).view(B, key.shape[1], groups * R, d) @ key.float().transpose(-1, -2)
         scores = scores.view(B, heads, R, K)
         if bias is not None: scores += bias[:, None]
         return scores.softmax(-1)
@@ -182,11 +182,12 @@ def _see(self, layer, query, key, attention_mask, scaling):
     attention = rows_of_attention(query, key, bias, rows.clamp(min=0), scaling)
     if self.heads is not None: attention = attention[:, self.heads]
     if not self.keep: attention = attention.mean(1, keepdim=True)
-    corner = attention.gather(3, columns.clamp(min=0)[:, None, None].expand(*attention.shape[:3], -1))
-    corner = corner * ((rows >= 0)[:, None, :, None] & (columns >= 0)[:, None, None])
-    if self.keep: parts[layer] = corner
-    else: parts[None] = parts[None] + corner.to(parts[None].device) if seen else corner
+    if not self.keep and seen: attention += parts[None].to(attention.device)
     seen.add(layer)
+    if self.keep or len(seen) == len(self.layers):   # columns are picked once, from the sum over layers
+        valid = (rows >= 0)[:, None, :, None] & (columns >= 0)[:, None, None]
+        attention = attention.gather(3, columns.clamp(min=0)[:, None, None].expand(*attention.shape[:3], -1)) * valid
+    parts[layer if self.keep else None] = attention
 
 # %% ../nbs/03_attention.ipynb #c033
 def _positions(self, query, key, attention_mask, check):
@@ -267,7 +268,7 @@ def capture_attention(
         model(**inputs, use_cache=False, logits_to_keep=1)
     return captured.attention
 
-# %% ../nbs/03_attention.ipynb #c053
+# %% ../nbs/03_attention.ipynb #c055
 def capturing_generation(
     model,              # a Qwen2.5-VL, also PEFT-wrapped
     columns,            # [B, C] key positions in the padded prompt, -1 = padding
@@ -281,7 +282,7 @@ def capturing_generation(
     sequences a prompt; not for beams, which reorder, nor for assisted decoding. Rows after a sequence's end mean nothing."""
     return listening(Recorder(text_model(model), None, columns, layers, heads, keep))
 
-# %% ../nbs/03_attention.ipynb #c061
+# %% ../nbs/03_attention.ipynb #c063
 ANOMALY_WORDS = ('defect', 'defects', 'anomaly', 'anomalies', 'abnormal')
 
 def anomaly_word_positions(
@@ -306,7 +307,7 @@ def anomaly_word_positions(
                          f"use one of them in the question or change `words`.")
     return torch.tensor(positions)
 
-# %% ../nbs/03_attention.ipynb #c062
+# %% ../nbs/03_attention.ipynb #c064
 def text_parts(
     tokenizer,   # of the model
     ids: list,   # token ids
@@ -326,7 +327,7 @@ def letter_spans(
     "Like `token_spans`, but a token that holds only some bytes of a letter gets the whole letter, so spans may overlap."
     return [(start, max(end, start + 1)) for start, end in token_spans(tokenizer, ids)]
 
-# %% ../nbs/03_attention.ipynb #c067
+# %% ../nbs/03_attention.ipynb #c070
 @dataclass(frozen=True)
 class TokenAttention:
     "What each of the T reasoning tokens of one response looked at."
@@ -343,7 +344,7 @@ class TokenAttention:
     def __repr__(self): return f"TokenAttention({len(self)} tokens, grid {self.maps.shape[1]}x{self.maps.shape[2]}, {len(self.relevance_to)} anomaly-word tokens)"
     def _repr_html_(self): return token_strip(self)
 
-# %% ../nbs/03_attention.ipynb #c068
+# %% ../nbs/03_attention.ipynb #c071
 def map_png(
     attention,   # [H, W] attention of one token
 ):
@@ -355,7 +356,7 @@ def map_png(
     Image.fromarray(pixels).save(buffer, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/03_attention.ipynb #c069
+# %% ../nbs/03_attention.ipynb #c072
 STRIP = ('display:flex;flex-wrap:wrap;gap:6px;align-items:flex-end', 'margin:0;text-align:center;font:11px monospace;max-width:90px;overflow:hidden')
 
 def token_strip(
@@ -376,7 +377,7 @@ def token_strip(
     head = f'{len(attention)} reasoning tokens on a {H} x {W} grid ({len(attention) - len(shown)} flagged, not shown{left}); relevance measured to {words}'
     return f'<div><p style="font-size:12px;margin:2px 0">{head}</p><div style="{STRIP[0]}">{"".join(figures)}</div></div>'
 
-# %% ../nbs/03_attention.ipynb #c073
+# %% ../nbs/03_attention.ipynb #c076
 def reasoning_tokens(
     text: str,     # of the whole response
     spans: list,   # (start, end) of each of its tokens, in characters, see `letter_spans`
@@ -398,7 +399,7 @@ def has_word(
     "Whether there is a letter or digit in it; tokens without are flagged."
     return any(letter.isalnum() for letter in text)
 
-# %% ../nbs/03_attention.ipynb #c077
+# %% ../nbs/03_attention.ipynb #c080
 def group_words(
     text: str,     # of the whole response
     spans: list,   # [T] (start, end) of the reasoning tokens
@@ -421,7 +422,7 @@ def pooled(
     "Means over the groups, [len(groups), ...]."
     return torch.stack([values[g].mean(0) for g in groups]) if groups else values[:0]
 
-# %% ../nbs/03_attention.ipynb #c081
+# %% ../nbs/03_attention.ipynb #c084
 def capture(
     vlm,                    # a `VLM` from `load_vlm`
     images,                 # one PIL image a response, or a list of them a response
@@ -454,7 +455,7 @@ def capture(
         results += [token_attention(layout, a, tokens, keep) for layout, a in zip(layouts, attention)]
     return results
 
-# %% ../nbs/03_attention.ipynb #c083
+# %% ../nbs/03_attention.ipynb #c086
 @dataclass(frozen=True)
 class Layout:
     "Where the parts of one prompt and response are in the padded sequence."
@@ -467,7 +468,7 @@ class Layout:
     words: torch.Tensor   # [E] positions of the anomaly-word tokens
     relevance_to: list    # [E] their texts
 
-# %% ../nbs/03_attention.ipynb #c084
+# %% ../nbs/03_attention.ipynb #c087
 def lay_out(vlm, inputs, b, images, responses, words, image, known):
     "The `Layout` of prompt `b` of a prepared batch; `known` remembers anomaly words of equal prompts."
     ids, response = inputs['input_ids'][b].cpu(), responses[b]
@@ -484,7 +485,7 @@ def lay_out(vlm, inputs, b, images, responses, words, image, known):
     return Layout(response.text, spans, [response.token_ids[t] for t in chosen], torch.tensor(chosen, dtype=torch.long) + end,
                   positions, grid, known[key][0] + first, known[key][1])
 
-# %% ../nbs/03_attention.ipynb #c085
+# %% ../nbs/03_attention.ipynb #c088
 def image_positions(
     vlm, inputs, b,   # model, prepared batch, number of the prompt in it
     images,           # of the batch: one image or a list of them a prompt
@@ -501,7 +502,7 @@ def image_positions(
     _, height, width = (grids[image] // torch.tensor([1, vlm.merge, vlm.merge])).tolist()
     return every.split(sizes)[image], (height, width)
 
-# %% ../nbs/03_attention.ipynb #c086
+# %% ../nbs/03_attention.ipynb #c089
 def captured_corner(vlm, inputs, layouts, row, layers, heads, keep):
     "Attention of each layout's rows to its image and words: list of [L, Hd, T, H * W + E] (L = Hd = 1 without `keep`)."
     pad = lambda positions: torch.nn.utils.rnn.pad_sequence(positions, batch_first=True, padding_value=-1)
@@ -522,7 +523,7 @@ def evaluating(
     finally:
         for module in training: module.training = True
 
-# %% ../nbs/03_attention.ipynb #c087
+# %% ../nbs/03_attention.ipynb #c090
 def token_attention(layout, attention, tokens, keep):
     "The `TokenAttention` of one layout from its attention [L, Hd, T, H * W + E]."
     spans, ids, text = layout.spans, layout.token_ids, layout.text

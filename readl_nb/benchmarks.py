@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QWEN_7B', 'SMALL', 'SHAPES', 'LENGTHS', 'SCRIPT', 'finish', 'alternate', 'versus', 'quiet', 'allocations',
-           'peak_bytes', 'processor_name', 'machine', 'random_model', 'load_for_benchmark', 'is_random',
-           'written_inputs', 'plain_forward', 'eager_capture', 'outputs_agree', 'capture_ratio', 'long_inputs',
-           'growth_at', 'growth', 'bare_generate', 'writing', 'inspect_ratio', 'random_maps', 'scoring_speedup',
-           'verdict', 'benchmark_parser', 'measure', 'lines_of', 'main']
+           'peak_bytes', 'processor_name', 'machine', 'verdict', 'lines_of', 'told', 'random_model',
+           'load_for_benchmark', 'is_random', 'written_inputs', 'plain_forward', 'eager_capture', 'outputs_agree',
+           'capture_ratio', 'long_inputs', 'growth_at', 'growth', 'bare_generate', 'writing', 'inspect_ratio',
+           'random_maps', 'scoring_speedup', 'benchmark_parser', 'measure', 'main']
 
 # %% ../nbs/16_benchmarks.ipynb #c003
 import argparse, copy, gc, json, os, platform, statistics, sys, tempfile, time
@@ -98,9 +98,37 @@ def machine(
 ) -> dict:
     "What the numbers were measured on."
     name = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else processor_name()
-    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    busy = round(os.getloadavg()[0], 1) if hasattr(os, 'getloadavg') else None
+    return dict(device=name, threads=torch.get_num_threads(), processors=os.cpu_count(), load=busy, torch=torch.__version__)
 
 # %% ../nbs/16_benchmarks.ipynb #c019
+def verdict(
+    result: dict,   # from `capture_ratio`, `inspect_ratio` or `scoring_speedup`
+) -> str:
+    "One sentence: the number, its target, and whether it was reached."
+    if 'speedup' in result: number, target = f"{result['speedup']:.1f} times faster", f"at least {result['target']} times"
+    else: number, target = f"{result['ratio']:.3f} times the time", f"at most {result['target']:.2f} times"
+    return f"{number} (target {target}: {'reached' if result['reached'] else 'MISSED'})"
+
+# %% ../nbs/16_benchmarks.ipynb #c020
+def lines_of(
+    result: dict,   # of a benchmark
+    indent='',      # before each line
+):
+    "The result as lines to read."
+    short = lambda value: f'{value:.4g}' if isinstance(value, float) else str(value)
+    for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            for row in value: yield f'{indent}{name}:'; yield from lines_of(row, indent + '  ')
+        elif isinstance(value, dict): yield f'{indent}{name:18} ' + ', '.join(f'{k} {short(v)}' for k, v in value.items())
+        elif isinstance(value, (list, tuple)): yield f'{indent}{name:18} ' + ' to '.join(map(short, value)) if name == 'lowest_highest' else f'{indent}{name:18} ' + ' '.join(map(short, value))
+        else: yield f'{indent}{name:18} {short(value)}'
+
+def told(result):
+    "Verdict and details as text."
+    return '\n'.join([verdict(result), *lines_of(result, '  ')])
+
+# %% ../nbs/16_benchmarks.ipynb #c023
 QWEN_7B = dict(
     text=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
               max_position_embeddings=128000, rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=1e6, mrope_section=[16, 24, 24])),
@@ -112,7 +140,7 @@ SMALL = dict(
     vision=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=14, spatial_merge_size=2,
                 window_size=420, fullatt_block_indexes=[1]))
 
-# %% ../nbs/16_benchmarks.ipynb #c020
+# %% ../nbs/16_benchmarks.ipynb #c024
 def random_model(
     shape: dict,           # such as `QWEN_7B`
     device='cpu',          # weights are drawn there, so a large model needs no other memory
@@ -130,7 +158,7 @@ def random_model(
     model.generation_config = GenerationConfig.from_pretrained(model_path(EMBEDDED))
     return model
 
-# %% ../nbs/16_benchmarks.ipynb #c024
+# %% ../nbs/16_benchmarks.ipynb #c028
 SHAPES = {'7b': QWEN_7B}
 
 def load_for_benchmark(
@@ -142,14 +170,14 @@ def load_for_benchmark(
     "The model to measure; raises `ValueError` when a large one is asked for without a GPU."
     if size == 'tiny': return load_vlm(model, device=device)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if shapes is SHAPES and device.type != 'cuda':
+    if shapes is SHAPES and not (device.type == 'cuda' and torch.cuda.is_available()):
         raise ValueError(f'--model-size {size} needs a GPU with about 24 GB and this run has none: choose a machine with one, or leave --model-size out to measure {EMBEDDED}.')
     random = random_model(shapes[size], device, torch.bfloat16 if device.type == 'cuda' else torch.float32)
     return VLM(random, load_processor(model_path(EMBEDDED)), f'random weights, shape {size}')
 
 def is_random(vlm): return vlm.name.startswith('random weights')
 
-# %% ../nbs/16_benchmarks.ipynb #c027
+# %% ../nbs/16_benchmarks.ipynb #c031
 def written_inputs(
     vlm,             # the model
     images: int=4,   # how many prompts, of unequal length
@@ -178,7 +206,7 @@ def eager_capture(model, inputs, rows, columns):
     rows, columns = rows.to(model.device), columns.to(model.device)
     return sum(pick(rows, columns, attention).float().mean(1) for attention in attentions) / len(attentions)
 
-# %% ../nbs/16_benchmarks.ipynb #c029
+# %% ../nbs/16_benchmarks.ipynb #c033
 def outputs_agree(vlm, inputs, rows, columns) -> tuple: # whether logits are equal to the bit, largest difference of attention
     "What makes the comparison fair: the same output, and the attention that eager attention gives."
     plain = plain_forward(vlm.model, inputs)
@@ -202,7 +230,7 @@ def capture_ratio(
                 peak_mib={name: peak_bytes(side, vlm.device) / 2**20 for name, side in sides.items()},
                 same_output=same, largest_difference=difference, model=vlm.name, shape=[*inputs['input_ids'].shape], rows=rows.shape[1], columns=columns.shape[1])
 
-# %% ../nbs/16_benchmarks.ipynb #c032
+# %% ../nbs/16_benchmarks.ipynb #c036
 def long_inputs(
     model,            # a Qwen2.5-VL
     tokens: int,      # N
@@ -220,7 +248,7 @@ def long_inputs(
                   pixel_values=pixels.to(model.device, model.dtype), image_grid_thw=torch.tensor([[1, 2 * side, 2 * side]], device=model.device))
     return inputs, torch.arange(tokens - wanted, tokens)[None], torch.arange(1, side**2 + 5)[None]
 
-# %% ../nbs/16_benchmarks.ipynb #c034
+# %% ../nbs/16_benchmarks.ipynb #c038
 LENGTHS = 256, 512, 1024, 2048, 4096
 
 def growth_at(model, tokens, repeats):
@@ -246,7 +274,7 @@ def growth(
     "Plain forward, forward with capture and eager attention for sequences of several lengths."
     return [growth_at(model, tokens, repeats) for tokens in lengths]
 
-# %% ../nbs/16_benchmarks.ipynb #c040
+# %% ../nbs/16_benchmarks.ipynb #c046
 @torch.no_grad()
 def bare_generate(
     vlm,                       # the model
@@ -264,7 +292,7 @@ def bare_generate(
         rows += ids[:, inputs['input_ids'].shape[1]:].tolist()
     return rows
 
-# %% ../nbs/16_benchmarks.ipynb #c042
+# %% ../nbs/16_benchmarks.ipynb #c048
 @contextmanager
 def writing(
     vlm,         # the model
@@ -282,7 +310,7 @@ def writing(
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../nbs/16_benchmarks.ipynb #c043
+# %% ../nbs/16_benchmarks.ipynb #c049
 SCRIPT = '<think>The image shows a leather surface. There is a scratch near the top left. This is a defect.</think><answer>Yes</answer>'
 
 def inspect_ratio(
@@ -307,7 +335,7 @@ def inspect_ratio(
                 seconds={name: statistics.median(times) for name, times in seconds.items()}, peak_mib=peaks, same_responses=same, scripted=wordless, model=vlm.name, images=images,
                 tokens_written=[len(r.response.token_ids) for r in found['inspect']], reasoning_tokens=[len(r.attention) for r in found['inspect']])
 
-# %% ../nbs/16_benchmarks.ipynb #c046
+# %% ../nbs/16_benchmarks.ipynb #c052
 def random_maps(
     kind: str,        # 'noise', 'smooth' or 'peaked'
     count: int,       # of maps
@@ -335,16 +363,7 @@ def scoring_speedup(
     worst = min(rows, key=lambda row: row['speedup'])
     return dict(speedup=worst['speedup'], target=10, reached=worst['speedup'] >= 10, worst=worst['maps'], repeats=repeats, count=count, kinds=rows)
 
-# %% ../nbs/16_benchmarks.ipynb #c049
-def verdict(
-    result: dict,   # from `capture_ratio`, `inspect_ratio` or `scoring_speedup`
-) -> str:
-    "One sentence: the number, its target, and whether it was reached."
-    if 'speedup' in result: number, target = f"{result['speedup']:.1f} times faster", f"at least {result['target']} times"
-    else: number, target = f"{result['ratio']:.3f} times the time", f"at most {result['target']:.2f} times"
-    return f"{number} (target {target}: {'reached' if result['reached'] else 'MISSED'})"
-
-# %% ../nbs/16_benchmarks.ipynb #c053
+# %% ../nbs/16_benchmarks.ipynb #c058
 def benchmark_parser():
     "The parser of `python -m readl_nb.benchmarks`."
     parser = argparse.ArgumentParser('python -m readl_nb.benchmarks', description='Ratios of two ways to do the same work, alternating in one process.')
@@ -376,15 +395,7 @@ def measure(
     long_model = vlm.model if is_random(vlm) else random_model(SMALL, vlm.device, vlm.model.dtype)
     return result | dict(against_eager=growth(long_model, lengths, **often)) | machine(vlm.device)
 
-# %% ../nbs/16_benchmarks.ipynb #c054
-def lines_of(result, indent=''):
-    "A result as lines to read."
-    for name, value in result.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            for row in value: yield f'{indent}{name}'; yield from lines_of(row, indent + '  ')
-        elif isinstance(value, dict): yield f'{indent}{name}: ' + ', '.join(f'{k} {v:.4g}' for k, v in value.items())
-        else: yield f'{indent}{name}: {value:.4g}' if isinstance(value, float) else f'{indent}{name}: {value}'
-
+# %% ../nbs/16_benchmarks.ipynb #c059
 def main(
     arguments=None,   # of the command line; None takes those of the process
 ) -> int:             # exit code: 0, or 1 with one sentence on stderr
@@ -393,8 +404,8 @@ def main(
     try: result = measure(given.what, given.model, given.model_size, given.repeats, given.device)
     except ValueError as error: print(f'benchmarks: {error}', file=sys.stderr); return 1
     if given.json: print(json.dumps(result))
-    else: print(verdict(result), *lines_of(result), sep='\n')
+    else: print(told(result))
     return 0
 
-# %% ../nbs/16_benchmarks.ipynb #c061
+# %% ../nbs/16_benchmarks.ipynb #c066
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['at_least', 'inspect_parser', 'say', 'gather', 'quiet_transformers', 'run_inspection', 'write_all', 'readl_inspect',
-           'pretrain_parser', 'readl_pretrain']
+           'stage_fields', 'pretrain_parser', 'readl_pretrain']
 
 # %% ../nbs/14_commands.ipynb #c003
 import argparse
+import logging
 import os
 import sys
 
@@ -38,7 +39,7 @@ def inspect_parser() -> argparse.ArgumentParser:
     add('--device', metavar='D', help='cpu, cuda, cuda:1, mps (default: the GPU when there is one)')
     add('--batch-size', type=at_least(1, int), default=8, metavar='N', help='images at a time (default: 8)')
     add('--question', metavar='TEXT', help="what to ask; must hold a word such as 'defect' or 'anomaly'")
-    add('--max-new-tokens', type=at_least(1, int), default=128, metavar='N', help='length of a response at most (default: 128)')
+    add('--max-new-tokens', type=at_least(1, int), default=512, metavar='N', help='length of a response at most, in tokens (default: 512)')
     add('--temperature', type=at_least(0, float), default=0., metavar='T', help='0 takes the likeliest token each time (default: 0)')
     add('--seed', type=int, default=0, metavar='N', help='for temperatures above 0 (default: 0)')
     return parser
@@ -61,8 +62,9 @@ def gather(
 def quiet_transformers() -> None:
     "Nothing; keeps loading bars and advice of other libraries out of standard error, where our one-line messages are."
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
-    from transformers.utils import logging
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+    transformers_logging.set_verbosity_error(); transformers_logging.disable_progress_bar()
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)   # its retries without a network
 
 def run_inspection(
     options: argparse.Namespace,  # parsed arguments
@@ -74,13 +76,13 @@ def run_inspection(
     from readl_nb.reports import check_folder
     folder = check_folder(options.out)
     quiet_transformers()
-    from readl_nb.images import show_name
+    from readl_nb.images import one_line
     from readl_nb.models import Prompt, load_vlm
     prompt = Prompt(question=options.question) if options.question is not None else Prompt()
     try: vlm = load_vlm(options.model, options.adapter, options.device)
     except ValueError: raise
     except Exception as error:   # a device that is not there, damaged weights, memory
-        reason = show_name(' '.join(str(error).split()), 160)
+        reason = one_line(' '.join(str(error).split()), 160)
         raise ValueError(f'cannot load model {options.model!r} on device {options.device or "auto"}: {reason}; check --model and --device') from None
     return write_all(files, bad, vlm, prompt, folder, options)
 
@@ -122,27 +124,44 @@ def readl_inspect(
     except (OSError, ValueError) as error: say(' '.join(str(error).split())); return 1
 
 # %% ../nbs/14_commands.ipynb #c022
+def stage_fields(
+    text, # LESSON:STEPS:IMAGES or LESSON:STEPS:IMAGES:rest
+) -> tuple[str, int, int, bool]:
+    "A type for argparse: one stage of a training."
+    parts = text.split(':')
+    try: lesson, steps, images = parts[0], int(parts[1]), int(parts[2])
+    except (IndexError, ValueError): raise argparse.ArgumentTypeError(f'{text!r} is not LESSON:STEPS:IMAGES or LESSON:STEPS:IMAGES:rest') from None
+    if lesson not in ('close', 'mixed', 'single') or steps < 1 or images < 1 or parts[3:] not in ([], ['rest']):
+        raise argparse.ArgumentTypeError(f'{text!r}: the lesson is close, mixed or single, the numbers are 1 or more, and only :rest may follow')
+    return lesson, steps, images, parts[3:] == ['rest']
+
+# %% ../nbs/14_commands.ipynb #c023
 def pretrain_parser() -> argparse.ArgumentParser:
     "The parser of `readl_pretrain`."
-    parser = argparse.ArgumentParser('readl_pretrain', description='Train readl-tiny, the embedded model, from scratch on generated samples; run it again to go on after an interruption.')
+    parser = argparse.ArgumentParser('readl_pretrain', description='Train readl-tiny from nothing on generated images. Stopped at any moment, the same command goes on from the last saved state.')
     add = parser.add_argument
-    add('--out', required=True, metavar='DIR', help='folder for the state, the log and, at the end, the model')
-    add('--device', metavar='D', help='cpu, cuda, cuda:1 (default: the GPU when there is one)')
-    add('--workers', type=at_least(0, int), default=1, metavar='N', help='processes that generate images (default: 1)')
+    add('--out', default='runs/readl-tiny', metavar='DIR', help='folder of the training: state.pt, log.jsonl and at the end model/ (default: runs/readl-tiny)')
+    add('--stages', nargs='+', type=stage_fields, metavar='STAGE', help='LESSON:STEPS:IMAGES[:rest], lessons close, mixed, single; :rest keeps the vision layers as they are (default: those of the shipped model)')
+    add('--lr', type=at_least(0, float), metavar='R', help='learning rate after warm-up')
     add('--seed', type=at_least(0, int), default=0, metavar='N', help='of the weights and the images (default: 0)')
+    add('--device', metavar='D', help='cpu, cuda, cuda:1 (default: the GPU when there is one)')
+    add('--workers', type=at_least(0, int), default=1, metavar='N', help='processes that draw images (default: 1)')
     add('--save-every', type=at_least(1, int), default=50, metavar='N', help='steps between saved states (default: 50)')
-    add('--stop-at', type=at_least(1, int), metavar='N', help='stop early after this step, to go on later')
+    add('--stop-at', type=at_least(1, int), metavar='N', help='stop after this step, to go on later')
     return parser
 
+# %% ../nbs/14_commands.ipynb #c024
 def readl_pretrain(
     arguments: list[str] | None = None,  # the command line without the program; that of the process when left out
 ) -> int:
-    "Exit code of the command `readl_pretrain`: 0, or 1 with one sentence when it cannot go on; wrong usage exits with 2."
+    "Exit code of the command `readl_pretrain`: 0 when the training ended or reached --stop-at, 1 when it could not; wrong usage exits with 2."
     options = pretrain_parser().parse_args(arguments)
     try:
-        from readl_nb.pretraining import PretrainConfig, pretrain
-        model = pretrain(options.out, PretrainConfig(seed=options.seed), options.device, options.workers, save_every=options.save_every, stop_at=options.stop_at)
-    except KeyboardInterrupt: say('interrupted; run it again to go on', 'readl_pretrain'); return 130
-    except (OSError, RuntimeError, ValueError) as error: say(' '.join(str(error).split())[:300], 'readl_pretrain'); return 1
+        from readl_nb.pretraining import PretrainConfig, Stage, pretrain
+        given = {'stages': options.stages and tuple(Stage(*stage) for stage in options.stages), 'lr': options.lr, 'seed': options.seed}
+        config = PretrainConfig(**{key: value for key, value in given.items() if value is not None})
+        model = pretrain(options.out, config, options.device, options.workers, save_every=options.save_every, stop_at=options.stop_at)
+    except KeyboardInterrupt: say('interrupted; the same command goes on from the last saved state', 'readl_pretrain'); return 130
+    except (AssertionError, OSError, RuntimeError, ValueError) as error: say(' '.join(str(error).split())[:300], 'readl_pretrain'); return 1
     say(f'the model is in {model}', 'readl_pretrain')
     return 0

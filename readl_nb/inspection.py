@@ -6,9 +6,9 @@
 __all__ = ['LEGEND', 'STYLE', 'COLUMNS', 'POINTS', 'PITCH', 'LETTER', 'choice', 'ReALConfig', 'check_config', 'config_table',
            'Scores', 'score_tokens', 'peak', 'Failure', 'Inspection', 'malformed', 'notes', 'finite', 'as_record',
            'assemble', 'pieces', 'relative', 'reasoning_html', 'fit', 'overlay', 'panels', 'data_uri', 'verdict',
-           'card', 'layout', 'place', 'write', 'Drawing', 'draw', 'printable', 'look', 'seeded', 'seen_by',
-           'read_again', 'look_safely', 'why', 'check_prompt', 'inspect_batch', 'path_of', 'read_or_fail',
-           'inspect_images', 'inspect_image']
+           'card', 'layout', 'place', 'write', 'draw', 'printable', 'look', 'seeded', 'seen_by', 'read_again',
+           'look_safely', 'why', 'check_prompt', 'inspect_batch', 'path_of', 'read_or_fail', 'inspect_images',
+           'inspect_image']
 
 # %% ../nbs/06_inspection.ipynb #c003
 import base64
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from .aggregation import anomaly_map, to_pixels, token_weights
 from .attention import (ANOMALY_WORDS, Layout, TokenAttention, anomaly_word_positions, capture, capturing_generation, lay_out, letter_spans,
                                 reasoning_tokens, token_attention)
-from .images import BadImage, find_images, read_image, show_name
+from .images import BadImage, find_images, one_line, read_image, show_name
 from .models import VLM, Prompt, Response, generate, load_vlm, prepare
 from .scoring import normalise, semantic_relevance, spatial_entropy, threshold
 
@@ -57,6 +57,7 @@ class ReALConfig:
     tau_i: str | float | tuple = choice('max_curvature', 'best in Table 5 together with the last', "'median', ('quantile', q), a number")
     alpha: float = choice(.5, 'weight of semantic relevance in Eq. 4; unpublished, so neither side leads', '0 to 1')
     beta: float = choice(.5, 'weight of concentration in Eq. 4; unpublished, so neither side leads', '0 to 1')
+    scale: str = choice('sum', 'Eq. 5 as it stands', "'mean': divided by the sum of weights, so that images with many kept tokens do not outshine others when a dataset's pixels are pooled")
     fallback_k: int = choice(3, 'when no token passes both thresholds the heaviest k are kept, and it says so', '1 or more')
 
     def __post_init__(self): check_config(self)
@@ -75,6 +76,7 @@ def check_config(
     need('normalise', config.normalise in ('minmax', 'rank', 'zscore'), "use 'minmax', 'rank' or 'zscore'")
     need('alpha', config.alpha >= 0, 'use 0 or more')
     need('beta', config.beta >= 0 and config.alpha + config.beta > 0, 'use 0 or more, and not 0 for both alpha and beta')
+    need('scale', config.scale in ('sum', 'mean'), "use 'sum' or 'mean'")
     need('fallback_k', config.fallback_k >= 1, 'use 1 or more')
     for name in ('tau_t', 'tau_i'): threshold([0., .5, 1.], getattr(config, name))   # its own sentence for a wrong method
     spatial_entropy(np.ones((1, 2, 2)), config.binarise)
@@ -222,7 +224,8 @@ def assemble(
     started = time.perf_counter()
     scores = score_tokens(attention, config)
     height, width = attention.maps.shape[1:]
-    grid = np.asarray(anomaly_map(attention.maps, scores.weights), np.float32) if len(scores.weights) else np.zeros((height, width), np.float32)
+    share = scores.weights / (scores.weights.sum() or 1.) if config.scale == 'mean' else scores.weights
+    grid = np.asarray(anomaly_map(attention.maps, share), np.float32) if len(share) else np.zeros((height, width), np.float32)
     pixels = np.asarray(to_pixels(grid, (image.height, image.width)), np.float32)
     return Inspection(path, image, response, attention, scores, grid, pixels, *peak(pixels), seconds + time.perf_counter() - started)
 
@@ -405,7 +408,7 @@ def write(
         axis.text(x, y + PITCH / 2, text[blank:], family='DejaVu Sans Mono', size=POINTS, va='center', color='black' if token is not None else '#666666', parse_math=False)
 
 # %% ../nbs/06_inspection.ipynb #c055
-class Drawing(Figure):
+class _Drawing(Figure):
     "A figure that shows itself, also where pyplot was never imported."
     def _repr_png_(self):
         drawn, small = BytesIO(), BytesIO()
@@ -426,7 +429,7 @@ def draw(
     width, side = COLUMNS * POINTS * LETTER + 24, 170
     below = 30 + 16 + float(np.clip(side * image.height / image.width, 114, 220))   # where the pictures end
     height = below + (lines + len(said) + 1.5) * PITCH
-    figure = Drawing(figsize=(width / 72, height / 72), dpi=100)
+    figure = _Drawing(figsize=(width / 72, height / 72), dpi=100)
     axis = figure.add_axes((0, 0, 1, 1)); axis.axis('off')
     for number, (title, picture) in enumerate(zip(('image', 'anomaly map, peak boxed' if inspection.peak_box else 'no map'), panels(inspection, 360))):
         place(axis, picture, title, (12 + 178 * number, 28, side, below - 28))
@@ -514,7 +517,7 @@ def why(
 ) -> str:
     "The error as one line with a mend."
     if isinstance(error, BadImage): return f'{error.reason}; {error.mend}'
-    text = show_name(' '.join(str(error).split()), 300) or type(error).__name__
+    text = one_line(' '.join(str(error).split())) or type(error).__name__
     memory = isinstance(error, MemoryError) or 'out of memory' in text.lower() or "can't allocate" in text.lower()
     return 'not enough memory for even one image; use a smaller model or a shorter answer' if memory else text if isinstance(error, ValueError) else f'{type(error).__name__}: {text}'
 
@@ -559,8 +562,8 @@ def inspect_images(
     config: ReALConfig = ReALConfig(),  # the open choices
     prompt: Prompt = Prompt(),          # the question; must hold an anomaly word
     batch_size: int = 8,                # images at a time
-    progress: bool = True,              # progress bar on stderr for more than a few images
-    max_new_tokens: int = 128,          # length of a response at most
+    progress: bool = True,              # progress bar on stderr
+    max_new_tokens: int = 512,          # length of a response at most
     temperature: float = 0.,            # 0 = always the most likely token
     seed: int | None = None,            # for temperatures above 0
 ) -> Iterator[Inspection | Failure]:
@@ -569,7 +572,7 @@ def inspect_images(
     images = find_images(images) if isinstance(images, (str, os.PathLike)) else list(images)
     vlm = vlm or load_vlm()
     check_prompt(vlm, prompt, config)
-    return _each(vlm, images, config, prompt, batch_size, progress and len(images) > 3, dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    return _each(vlm, images, config, prompt, batch_size, progress, dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
 def _each(vlm, images, config, prompt, batch_size, progress, generation):
     with tqdm(total=len(images), unit='image', disable=not progress) as bar:
@@ -584,11 +587,13 @@ def inspect_image(
     vlm: VLM | None = None,             # the model; the embedded one when left out
     config: ReALConfig = ReALConfig(),  # the open choices
     prompt: Prompt = Prompt(),          # the question; must hold an anomaly word
-    **generation,                       # max_new_tokens, temperature, seed
+    max_new_tokens: int = 512,          # length of a response at most
+    temperature: float = 0.,            # 0 = always the most likely token
+    seed: int | None = None,            # for temperatures above 0
 ) -> Inspection:
     "The `Inspection` of one image. Raises `BadImage` or `ValueError`, one line, when that cannot be."
     image, path, vlm = read_image(image), path_of(image), vlm or load_vlm()
     check_prompt(vlm, prompt, config)
     started = time.perf_counter()
-    response, attention = look(vlm, [image], config, prompt, dict(max_new_tokens=128, temperature=0., seed=None) | generation)[0]
+    response, attention = look(vlm, [image], config, prompt, dict(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))[0]
     return assemble(path, image, response, attention, config, time.perf_counter() - started)

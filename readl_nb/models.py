@@ -11,12 +11,13 @@ __all__ = ['QUESTION', 'SYSTEM', 'EMBEDDED', 'PROBLEMS', 'Prompt', 'ImageProcess
 import importlib.util, re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import (AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LogitsProcessor, LogitsProcessorList,
+from transformers import (AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LogitsProcessor, LogitsProcessorList, PreTrainedConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor)
 
 # %% ../nbs/02_models.ipynb #c006
@@ -84,33 +85,43 @@ def model_path(name:str) -> str: # a folder for the embedded model, else `name` 
     return str(Path(__file__).parent / 'readl_tiny') if name == EMBEDDED else str(name)
 
 # %% ../nbs/02_models.ipynb #c012
+def _first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
 def _check_is_qwen(name, path):
-    try: kind = AutoConfig.from_pretrained(path).model_type
+    if not Path(path).is_dir() and (path.count('/') > 1 or path.startswith(('.', '/', '~'))): # no hub name looks like this
+        raise ValueError(f'cannot load model {name!r}: there is no such folder: give {EMBEDDED!r}, a folder with a Qwen2.5-VL or a hub name')
+    try: kind = PreTrainedConfig.get_config_dict(path)[0].get('model_type') # plain JSON: no code of the model is run
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split('\n')[0][:200]
-        raise ValueError(f'cannot load model {name!r}: {reason}: give {EMBEDDED!r}, a folder with a Qwen2.5-VL or a hub name that can be reached') from None
+        raise ValueError(f'cannot load model {name!r}: {_first_line(error)}: give {EMBEDDED!r}, a folder with a Qwen2.5-VL or a hub name that can be reached') from None
     if kind != 'qwen2_5_vl': raise ValueError(f'model {name!r} is of type {kind!r}, not a Qwen2.5-VL: give a checkpoint of type qwen2_5_vl')
 
 def load_vlm(name:str=EMBEDDED, # 'readl-tiny' (in this package), a folder, or a hub name such as 'Qwen/Qwen2.5-VL-7B-Instruct'
              adapter:str|None=None, # folder or hub name of a PEFT adapter to put on top
              device:str|None=None, # 'cpu', 'cuda', 'cuda:1', ...; None takes the GPU when there is one
-             dtype:torch.dtype|None=None, # None: bfloat16 on a GPU, float32 on a CPU
+             dtype:torch.dtype|str|None=None, # None: bfloat16 on a GPU, float32 on a CPU
              image_size:int|None=420, # side in pixels that images are resized to; None keeps their shape
             ) -> VLM: # ready for `respond`
     "A Qwen2.5-VL with its processor; raises `ValueError` with one sentence when `name` or `adapter` is not usable. Weights are read from safetensors only."
     path = model_path(name); _check_is_qwen(name, path)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32)
-    try: model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation='sdpa', use_safetensors=True)
-    except OSError as error: raise ValueError(f'cannot load the weights of model {name!r}: {str(error).strip().splitlines()[0][:200]}: give a folder with safetensors weights') from None
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation='sdpa', use_safetensors=True)
+        processor = load_processor(path)
+    except Exception as error: # whatever is wrong with the files
+        raise ValueError(f'cannot load model {name!r}: {_first_line(error)}: give a folder with safetensors weights, tokenizer and image processor') from None
     if adapter is not None: model = _with_adapter(model, adapter)
-    return VLM(model.to(device).eval(), load_processor(path), name, image_size)
+    return VLM(model.to(device).eval(), processor, name, image_size)
 
 def _with_adapter(model, adapter):
+    from huggingface_hub import snapshot_download
     from peft import PeftModel
-    try: return PeftModel.from_pretrained(model, adapter, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f'cannot load adapter {adapter!r}: {str(error).strip().splitlines()[0][:200]}: give a folder made by PEFT for this model') from None
+    try:
+        folder = adapter if Path(adapter).is_dir() else snapshot_download(adapter, allow_patterns=['*.json', '*.safetensors'])
+        if not (Path(folder) / 'adapter_model.safetensors').is_file(): raise ValueError('it holds no adapter_model.safetensors')
+        return PeftModel.from_pretrained(model, folder)
+    except Exception as error: # whatever is wrong with the files
+        raise ValueError(f'cannot load adapter {adapter!r}: {_first_line(error)}: give a folder saved by PEFT for this model, as safetensors') from None
 
 # %% ../nbs/02_models.ipynb #c015
 def _fitted(image, size): return image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC) if size else image.convert('RGB')
@@ -178,7 +189,7 @@ def parse_response(text:str, # what the model wrote; untrusted
                   ) -> Parsed:
     "The reasoning and the answer of a response, and the name of what is wrong with its form"
     span = _reasoning_span(text); think = text[slice(*span)] if span else None
-    found = re.search(r'<answer>\s*(yes|no)\b\s*\.?\s*(?:</answer>|$)', text, re.I)
+    found = re.compile(r'<answer>\s*(yes|no)\b\s*\.?\s*(?:</answer>|$)', re.I).search(text, span[1] if span else 0) # not inside the reasoning
     answer = found[1].capitalize() if found else None
     return Parsed(think, answer, span, found.start(1) if found else None, _problem(text, think, answer, truncated))
 
@@ -199,10 +210,11 @@ def token_spans(tokenizer, # of the model
     return spans
 
 # %% ../nbs/02_models.ipynb #c027
+@lru_cache(maxsize=8)
 def _spellings(tokenizer, word):
-    "Ids of the single tokens that write `word`, with or without a space, in any usual case"
-    ids = [tokenizer(space + w, add_special_tokens=False).input_ids for w in (word, word.lower(), word.upper()) for space in ('', ' ')]
-    return sorted({i[0] for i in ids if len(i) == 1})
+    "Ids of the single tokens that write `word` in any case, after a space or a sign such as '>' or bare"
+    likely = {token: i for token, i in tokenizer.get_vocab().items() if word.lower() in token.lower()}
+    return sorted(i for token, i in likely.items() if re.fullmatch(rf'\W*{word}', tokenizer.convert_tokens_to_string([token]), re.I))
 
 class _AnswerLogits(LogitsProcessor):
     "Remembers, for each generated token, log P(Yes) - log P(No); leaves the logits as they are"
@@ -243,7 +255,7 @@ def _response(tokenizer, ids, ends, differences):
     stop = next((n for n, i in enumerate(ids) if i in ends), None)
     kept = tuple(ids[:stop]); text = decode(tokenizer, kept); at = parse_response(text).answer_at
     odds = None
-    if at is not None: # the answer word begins in the first token that reaches beyond its first character
+    if at is not None and differences.isfinite().all(): # the answer word begins in the first token that reaches beyond its first character
         odds = next(float(differences[n]) for n, (_, end) in enumerate(token_spans(tokenizer, kept)) if end > at)
     return Response(text, kept, odds, stop is None)
 
@@ -254,11 +266,14 @@ def end_token_ids(vlm) -> set[int]:
 
 @torch.no_grad()
 def generate(vlm:VLM, batch:BatchFeature, # from `prepare`
-             max_new_tokens:int=128, temperature:float=0., n:int=1) -> list[Response]: # n in a row for each image
+             max_new_tokens:int=512, # limit of a response, in tokens
+             temperature:float=0., # 0: greedy
+             n:int=1, # responses an image
+            ) -> list[Response]: # n in a row for each image
     "The responses to one prepared batch; visual tokens are never generated, they would break the next pass over the text"
-    config, logits = getattr(vlm.model, 'base_model', vlm.model).config, _AnswerLogits(vlm.tokenizer)
+    logits = _AnswerLogits(vlm.tokenizer)
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1., num_return_sequences=n) if temperature > 0 else dict(do_sample=False, temperature=None, top_k=None, top_p=None)
-    ids = vlm.model.generate(**batch, max_new_tokens=max_new_tokens, suppress_tokens=_vision_token_ids(config), repetition_penalty=1.,
+    ids = vlm.model.generate(**batch, max_new_tokens=max_new_tokens, suppress_tokens=_vision_token_ids(vlm.model.config), repetition_penalty=1.,
                              logits_processor=LogitsProcessorList([logits]), pad_token_id=vlm.tokenizer.pad_token_id, **sampling)
     new, differences = ids[:, batch['input_ids'].shape[1]:].tolist(), torch.stack(logits.steps, 1)
     return [_response(vlm.tokenizer, row, end_token_ids(vlm), d) for row, d in zip(new, differences)]
@@ -267,7 +282,7 @@ def generate(vlm:VLM, batch:BatchFeature, # from `prepare`
 def respond(vlm:VLM,
             images:list, # PIL images (or lists of them, see `prepare`)
             prompt:Prompt=Prompt(),
-            max_new_tokens:int=128, # limit of the response, in tokens
+            max_new_tokens:int=512, # limit of the response, in tokens
             temperature:float=0., # 0: greedy; above: sampling from the whole distribution
             n:int=1, # responses an image; more than one needs a temperature
             seed:int|None=None, # of the sampling; the state of torch's generators is left as it was

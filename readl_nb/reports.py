@@ -79,7 +79,7 @@ def is_ours(
     path: str,     # the image as the user named it
 ) -> bool:
     "Whether the files of `name` may be written: none is there, or they came from the same image."
-    here = [folder/f'{name}{suffix}' for suffix in ('.json', '.npy', '.png')]
+    here = [*(folder/f'{name}{suffix}' for suffix in ('.json', '.npy', '.png')), *(folder/PICTURES/f'{name}_{part}.jpg' for part in ('image', 'map'))]
     if not any(map(os.path.lexists, here)): return True
     try: return os.path.abspath(json.loads(here[0].read_text(encoding='utf8'))['path']) == os.path.abspath(path)
     except (OSError, ValueError, KeyError, TypeError): return False
@@ -96,6 +96,8 @@ def write_report(
     while not is_ours(folder, name, inspection.path): number += 1; name = f'{wanted}-{number}'
     (folder/PICTURES).mkdir(parents=True, exist_ok=True)
     record = inspection.to_dict(folder/f'{name}.npy')
+    more = dict(problem=inspection.response.problem, notes=inspection.notes, response=inspection.response.text)
+    write_atomic(folder/f'{name}.json', lambda file: file.write(as_json(record | more, indent=1).encode()))   # first: it says whose the files are
     write_atomic(folder/f'{name}.npy', lambda file: np.save(file, inspection.anomaly_map))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # a letter that the font lacks is drawn as a box
@@ -103,8 +105,6 @@ def write_report(
     addresses = [f'{PICTURES}/{name}_{part}.jpg' for part in ('image', 'map')]
     for address, picture in zip(addresses, panels(inspection)):
         write_atomic(folder/address, lambda file: picture.save(file, 'JPEG', quality=85))
-    more = dict(problem=inspection.response.problem, notes=inspection.notes, response=inspection.response.text)
-    write_atomic(folder/f'{name}.json', lambda file: file.write(as_json(record | more, indent=1).encode()))
     return record, card(inspection, *map(quote, addresses), links(name) + token_table(inspection))
 
 def as_json(

@@ -7,17 +7,17 @@ __all__ = ['PHOTOGRAPHS', 'TEXTURE_SIZE', 'CATEGORIES', 'DEFECTS', 'LOCATIONS', 
            'explain', 'Sample', 'generate_sample', 'sample_plan', 'write_samples']
 
 # %% ../nbs/00_samples.ipynb #c003
-import json, math, os
+import json, math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import gaussian_filter, uniform_filter1d
+from scipy.ndimage import gaussian_filter
 from skimage import data as skimage_data
 
-# %% ../nbs/00_samples.ipynb #c006
+# %% ../nbs/00_samples.ipynb #c007
 PHOTOGRAPHS = 'brick', 'grass', 'gravel'  # CC0 photographs shipped with scikit-image
 TEXTURE_SIZE = 640
 
@@ -35,7 +35,7 @@ def _photograph(name, rng):
     image = Image.fromarray(getattr(skimage_data, name)())
     return _unit(np.asarray(image.resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.Resampling.BICUBIC), np.float32))
 
-# %% ../nbs/00_samples.ipynb #c008
+# %% ../nbs/00_samples.ipynb #c009
 def _axes(): return np.meshgrid(np.arange(TEXTURE_SIZE, dtype=np.float32), np.arange(TEXTURE_SIZE, dtype=np.float32))
 
 def _wood(rng):
@@ -62,7 +62,7 @@ def _tile(rng):
     shade = rng.uniform(-.6, .6, (16, 16)).astype(np.float32)[(y // pitch).astype(int), (x // pitch).astype(int)]
     return np.clip(.62 + .12 * shade + .05 * _smooth_noise(rng, 2, 2) - .5 * (to_joint < groove), 0, 1).astype(np.float32)
 
-# %% ../nbs/00_samples.ipynb #c010
+# %% ../nbs/00_samples.ipynb #c011
 _MATERIALS = dict(  # name: (texture, colour of dark parts, colour of bright parts)
     brick=(lambda r: _photograph('brick', r), (92, 48, 38), (196, 132, 108)),
     grass=(lambda r: _photograph('grass', r), (34, 52, 22), (138, 158, 78)),
@@ -79,7 +79,7 @@ def texture(category:str, # one of `CATEGORIES`
     "The grey texture of a material; cached, the same in every process"
     return _MATERIALS[category][0](np.random.default_rng([7, CATEGORIES.index(category), variant]))
 
-# %% ../nbs/00_samples.ipynb #c014
+# %% ../nbs/00_samples.ipynb #c015
 def _surface(rng, category, size):
     "RGB float32 [size, size, 3] in 0..255 of a normal surface under random conditions"
     source = texture(category, int(rng.integers(4)) if category not in PHOTOGRAPHS else 0)
@@ -98,7 +98,7 @@ def _surface(rng, category, size):
     grey = grey + rng.standard_normal((size, size), np.float32) * np.float32(rng.uniform(.005, .03))
     return (dark + (bright - dark) * grey[..., None]) * (light[..., None] * tint)
 
-# %% ../nbs/00_samples.ipynb #c016
+# %% ../nbs/00_samples.ipynb #c017
 def _draw(patch, shapes, supersample=3):
     "Anti-aliased coverage [patch, patch] in [0, 1] of `shapes`: (kind, points in pixels, width or None)"
     canvas = Image.new('L', (patch * supersample,) * 2); pen = ImageDraw.Draw(canvas)
@@ -125,13 +125,13 @@ def _walk(rng, start, angle, steps, step, turn):
         points.append((points[-1][0] + step * math.cos(angle), points[-1][1] + step * math.sin(angle)))
     return points, angle
 
-# %% ../nbs/00_samples.ipynb #c017
+# %% ../nbs/00_samples.ipynb #c018
 def _scratch(rng, patch, radius, severity):
     "A thin, nearly straight bright line"
     angle, bend = rng.uniform(0, np.pi), rng.uniform(-.18, .18) * radius; t = np.linspace(-1, 1, 9)
     along, across = t * radius * 1.25, bend * (1 - t ** 2)
     points = [(patch / 2 + a * math.cos(angle) - b * math.sin(angle), patch / 2 + a * math.sin(angle) + b * math.cos(angle)) for a, b in zip(along, across)]
-    cover = _draw(patch, [('line', points, rng.uniform(2.5, 4.5))])
+    cover = _draw(patch, [('line', points, rng.uniform(3.5, 6))])
     return cover * (.45 + .55 * severity), np.float32([246, 244, 238]), cover > .3
 
 def _crack(rng, patch, radius, severity):
@@ -140,13 +140,14 @@ def _crack(rng, patch, radius, severity):
     start = (middle - radius * math.cos(angle), middle - radius * math.sin(angle))
     trunk, _ = _walk(rng, start, angle, steps, step, .75)
     cx, cy = np.mean(trunk, 0); trunk = [(x - cx + middle, y - cy + middle) for x, y in trunk]
-    shapes = [('line', trunk, rng.uniform(2.5, 4.5))]
+    shapes = [('line', trunk, rng.uniform(3.5, 6))]
     for i in rng.choice(np.arange(2, steps - 1), 2, replace=False):
         branch, _ = _walk(rng, trunk[i], angle + rng.choice([-1, 1]) * rng.uniform(.6, 1.2), 4, step * .8, .6)
-        shapes.append(('line', branch, 2.))
+        shapes.append(('line', branch, 3.))
     cover = _draw(patch, shapes)
     return cover * (.6 + .4 * severity), np.float32([14, 12, 12]), cover > .3
 
+# %% ../nbs/00_samples.ipynb #c019
 def _hole(rng, patch, radius, severity):
     "A round dark pit with a light rim"
     x, y = _radial(patch); squeeze = rng.uniform(.8, 1.25)
@@ -169,6 +170,7 @@ def _dent(rng, patch, radius, severity):
     slope = (x * math.cos(direction) + y * math.sin(direction)) / width * bump / .607
     return np.abs(slope) * (.32 + .42 * severity), np.where((slope > 0)[..., None], np.float32(255), np.float32(0)), bump > .1
 
+# %% ../nbs/00_samples.ipynb #c020
 def _missing_part(rng, patch, radius, severity):
     "A piece broken out with straight edges: the flat ground beneath shows, with a shadow on one side"
     n = int(rng.integers(4, 7)); angles = np.sort(rng.uniform(-.3, .3, n) + np.arange(n) * 2 * np.pi / n) + rng.uniform(0, 2 * np.pi)
@@ -182,7 +184,7 @@ def _contamination(rng, patch, radius, severity):
     "A cluster of small foreign specks in one strong colour"
     colour = np.float32([(216, 36, 36), (240, 196, 24), (32, 84, 220), (30, 170, 60)][rng.integers(4)]); shapes = []
     for _ in range(int(rng.integers(8, 16))):
-        a, r, size = rng.uniform(0, 2 * np.pi), radius * .85 * math.sqrt(rng.uniform()), rng.uniform(2.5, 5)
+        a, r, size = rng.uniform(0, 2 * np.pi), radius * .85 * math.sqrt(rng.uniform()), rng.uniform(3.5, 6)
         x, y = patch / 2 + r * math.cos(a), patch / 2 + r * math.sin(a)
         shapes.append(('ellipse', [(x - size, y - size), (x + size, y + size)], None))
     cover = _draw(patch, shapes)
@@ -192,13 +194,12 @@ _PAINTERS = {'scratch': _scratch, 'crack': _crack, 'hole': _hole, 'stain': _stai
              'missing part': _missing_part, 'contamination': _contamination}
 DEFECTS = tuple(_PAINTERS)
 
-# %% ../nbs/00_samples.ipynb #c019
+# %% ../nbs/00_samples.ipynb #c022
 LOCATIONS = 'top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right'
 
 def location_words(mask:np.ndarray, # bool [H, W] with at least one pixel set
                   ) -> str: # one of `LOCATIONS`
     "The cell of a 3 x 3 grid that holds the centroid of the mask, in words"
-    y, x = (np.flatnonzero(np.any(mask, axis)) for axis in (1, 0))
     y, x = mask.sum(1) @ np.arange(mask.shape[0]) / mask.sum(), mask.sum(0) @ np.arange(mask.shape[1]) / mask.sum()
     return LOCATIONS[3 * int(3 * y / mask.shape[0]) + int(3 * x / mask.shape[1])]
 
@@ -217,7 +218,7 @@ def _paint(rng, image, kind, cell, severity):
     mask = np.zeros((size, size), bool); mask[ys, xs] = shape[inner]
     return mask
 
-# %% ../nbs/00_samples.ipynb #c021
+# %% ../nbs/00_samples.ipynb #c024
 def _phrase(defect): return defect if defect == 'contamination' else f'a {defect}'
 
 _DEFECT_TEXTS = ('The image shows a {category} surface. There is {phrase} at the {location}, which breaks the regular pattern. This is a defect.',
@@ -253,7 +254,7 @@ class Sample:
         shown = np.where(edge[..., None], np.uint8([255, 0, 255]), np.asarray(self.image))
         return Image.fromarray(np.hstack([np.asarray(self.image), shown])).resize((420, 210))._repr_jpeg_()
 
-# %% ../nbs/00_samples.ipynb #c022
+# %% ../nbs/00_samples.ipynb #c025
 def generate_sample(seed:int, # any non-negative integer; the same seed gives the same sample
                     category:str|None=None, # one of `CATEGORIES`; None draws one
                     defect:str|None=None, # 'good' or one of `DEFECTS`; None draws good in half of the cases
@@ -278,7 +279,7 @@ def generate_sample(seed:int, # any non-negative integer; the same seed gives th
     return Sample(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)), mask, int(bool(masks)), category, defect, location,
                   explain(category, defect, location, wording), severity, seed, masks)
 
-# %% ../nbs/00_samples.ipynb #c029
+# %% ../nbs/00_samples.ipynb #c032
 SAMPLE_DATA_SEED = 1_000_000
 
 def sample_plan(train_good:int=2, test_good:int=4, per_defect:int=1) -> list[tuple]: # (category, split, defect, number)

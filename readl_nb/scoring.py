@@ -30,7 +30,7 @@ def as_array(
                          f"the model overflowed: run it in float32 or bfloat16.")
     return values
 
-# %% ../nbs/04_scoring.ipynb #c010
+# %% ../nbs/04_scoring.ipynb #c011
 def semantic_relevance(
     text,   # [T, E] attention of T reasoning tokens to the E tokens of the anomaly words, each 0..1
 ):
@@ -42,7 +42,7 @@ def semantic_relevance(
         raise ValueError("text attention has no anomaly word (E = 0); ask with a word such as 'defect' or 'anomaly'.")
     return text.sum(1)
 
-# %% ../nbs/04_scoring.ipynb #c015
+# %% ../nbs/04_scoring.ipynb #c016
 def foreground(
     maps,               # [T, H, W] attention, not negative, any scale
     binarise='mean',    # 'mean', 'relu_mean' or a quantile in (0, 1)
@@ -54,6 +54,8 @@ def foreground(
     if maps.size and not (maps.min() >= 0 and maps.max() < np.inf):
         raise ValueError("maps hold negative or infinite attention; pass the captured attention itself, "
                          "not logits or a standardised map.")
+    total = maps.sum((1, 2), keepdims=True)
+    maps = maps / np.where(total > 0, total, 1)   # sum 1, so that the fixed constant below means the same for every map
     mean = maps.mean((1, 2), keepdims=True)
     if binarise == 'mean': return maps > mean * (1 + 1e-6), maps   # float32 rounding of a flat map is no evidence
     if binarise == 'relu_mean':
@@ -63,7 +65,7 @@ def foreground(
         return maps > np.quantile(maps.reshape(len(maps), -1), binarise, axis=1)[:, None, None], maps
     raise ValueError(f"binarise is {binarise!r}; use 'mean', 'relu_mean' or a quantile between 0 and 1 such as 0.9.")
 
-# %% ../nbs/04_scoring.ipynb #c019
+# %% ../nbs/04_scoring.ipynb #c020
 EIGHT_NEIGHBOURS = np.ones((3, 3), int)   # diagonal cells touch
 
 def spatial_entropy_naive(
@@ -82,7 +84,7 @@ def spatial_entropy_naive(
         scores.append(-(P * np.log(P)).sum() if count else np.inf)
     return np.abs(np.array(scores, dtype=float))   # -0.0 of a single component -> 0.0
 
-# %% ../nbs/04_scoring.ipynb #c025
+# %% ../nbs/04_scoring.ipynb #c026
 WITHIN_ONE_MAP = np.stack([0 * EIGHT_NEIGHBOURS, EIGHT_NEIGHBOURS, 0 * EIGHT_NEIGHBOURS])
 
 def spatial_entropy(
@@ -103,7 +105,7 @@ def spatial_entropy(
     entropy = np.bincount(owner, weights=-P * np.log(P), minlength=len(mask))
     return np.where(total > 0, np.abs(entropy), np.inf)
 
-# %% ../nbs/04_scoring.ipynb #c034
+# %% ../nbs/04_scoring.ipynb #c035
 def normalise(
     scores,                    # [T] raw scores of the tokens of one response; infinite = no score
     method: str='minmax',      # 'minmax', 'rank' or 'zscore'
@@ -129,7 +131,7 @@ def normalise(
         result[~finite] = result[finite].min()
     return result
 
-# %% ../nbs/04_scoring.ipynb #c035
+# %% ../nbs/04_scoring.ipynb #c036
 def ranks(
     x,   # [T] finite numbers
 ):
@@ -137,7 +139,7 @@ def ranks(
     ordered = np.sort(x)
     return (np.searchsorted(ordered, x, 'left') + np.searchsorted(ordered, x, 'right') - 1) / 2
 
-# %% ../nbs/04_scoring.ipynb #c041
+# %% ../nbs/04_scoring.ipynb #c042
 def max_curvature(
     scores,   # [T] scores; infinite ones are left out
 ):
@@ -150,7 +152,7 @@ def max_curvature(
     chord = np.linspace(y[0], y[-1], len(y))
     return float(y[np.abs(y - chord).argmax()])   # vertical and right-angled distance have the same maximum
 
-# %% ../nbs/04_scoring.ipynb #c043
+# %% ../nbs/04_scoring.ipynb #c044
 def threshold(
     scores,                     # [T] normalised scores
     method='max_curvature',     # 'max_curvature', 'median', ('quantile', q) with q in 0..1, or a fixed number
