@@ -201,7 +201,7 @@ def test_sidebar_lists_every_notebook():
                 if 'href' in entry: yield entry['href']
                 yield from flat(entry['contents'])
     sidebar = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    assert sorted(flat(sidebar)) == sorted(path.relative_to(ROOT/'nbs').as_posix() for path in NOTEBOOKS), 'run nbdev_sidebar'
+    assert sorted(flat(sidebar)) == sorted(path.relative_to(ROOT/'nbs').as_posix() for path in NOTEBOOKS), 'edit nbs/sidebar.yml'
 
 def test_site_is_processed_and_settings_stay_as_they_are(checkout, tracked, tmp_path):
     quarto = tmp_path/'quarto'  # nbdev asks only whether there is one; the pages themselves need a real Quarto
