@@ -28,7 +28,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from .models import QUESTION, SYSTEM
 from .samples import CATEGORIES, DEFECTS, LOCATIONS, Sample, explain, generate_sample
 
-# %% ../nbs/13_pretraining.ipynb #c007
+# %% ../nbs/13_pretraining.ipynb #c008
 SPECIAL_TOKENS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>']
 GRID = 5 # a caption names what it sees in each of GRID x GRID cells
 GRID_QUESTION = f'Describe every cell of a {GRID} by {GRID} grid.'
@@ -65,7 +65,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token='<|endoftext|>', eos_token='<|im_end|>', padding_side='left', chat_template=CHAT_TEMPLATE)
 
-# %% ../nbs/13_pretraining.ipynb #c010
+# %% ../nbs/13_pretraining.ipynb #c011
 WINDOW = 140 # pixels; 3 x 3 windows in an image of 420 x 420
 PATCHES = WINDOW // 14 # patches per window and axis
 TOKENS = PATCHES // 2 # visual tokens per window and axis
@@ -82,7 +82,7 @@ def tiny_config(tokenizer, width:int=128, vision_layers:int=4, text_layers:int=4
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids['image_pad'], video_token_id=ids['video_pad'],
                             vision_start_token_id=ids['vision_start'], vision_end_token_id=ids['vision_end'], tie_word_embeddings=True)
 
-# %% ../nbs/13_pretraining.ipynb #c013
+# %% ../nbs/13_pretraining.ipynb #c014
 _COLOURS = ((.299, .587, .114), 8), ((.5, -.5, 0), 5), ((.25, .25, -.5), 5) # weights of R, G, B; frequencies per axis
 
 def cosine_filters(count:int) -> torch.Tensor: # [count, 3, 14, 14]
@@ -109,7 +109,7 @@ def build_model(tokenizer, seed:int=0, **sizes) -> Qwen2_5_VLForConditionalGener
     model.model.visual.patch_embed.proj.weight.data.copy_(filters[:, :, None] / 2) # the two time steps of a still image share it
     return model
 
-# %% ../nbs/13_pretraining.ipynb #c015
+# %% ../nbs/13_pretraining.ipynb #c016
 _MEAN, _STD = (torch.tensor(v) for v in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])) # Qwen2.5-VL's
 
 def image_tensor(sample:Sample) -> torch.Tensor: # uint8 [3, H, W]
@@ -150,7 +150,7 @@ def encode_images(visual, # the vision tower
     tokens = visual.merger(x.flatten(0, 1))
     return tokens.view(-1, n, n, TOKENS, TOKENS, tokens.shape[-1]).permute(0, 1, 3, 2, 4, 5).reshape(len(images), (n * TOKENS) ** 2, -1)
 
-# %% ../nbs/13_pretraining.ipynb #c018
+# %% ../nbs/13_pretraining.ipynb #c019
 def _ids(text): return build_tokenizer()(text, add_special_tokens=False).input_ids
 
 @lru_cache(maxsize=None)
@@ -179,7 +179,7 @@ def response_target(category, defect, location, explanation) -> tuple[list[int],
     content = [any(a < s + n and s < b for s, n in starts) for a, b in encoded.offset_mapping]
     return encoded.input_ids + [_word('<|im_end|>')], [1. if c else .1 for c in content] + [.1]
 
-# %% ../nbs/13_pretraining.ipynb #c021
+# %% ../nbs/13_pretraining.ipynb #c022
 @dataclass(frozen=True)
 class Stage:
     "A part of the training"
@@ -216,7 +216,7 @@ class PretrainConfig:
 
 FIRST_TRAINING_SEED = 10_000_000 # images below belong to sample_data, evaluation and tests
 
-# %% ../nbs/13_pretraining.ipynb #c023
+# %% ../nbs/13_pretraining.ipynb #c024
 class Lessons(torch.utils.data.Dataset):
     "Item (step, i): generated image i of a training step with its texts; the same in every run"
     def __init__(self, config): self.config = config
@@ -248,7 +248,7 @@ def collate(items) -> dict:
         return torch.tensor([list(v) + [0] * (length - len(v)) for v in values], dtype=torch.float32 if part else torch.long)
     return dict(images=torch.stack([row[0] for row in rows]), grid=padded(1, 0), grid_weight=padded(1, 1), response=padded(2, 0), response_weight=padded(2, 1))
 
-# %% ../nbs/13_pretraining.ipynb #c025
+# %% ../nbs/13_pretraining.ipynb #c026
 @lru_cache(maxsize=None)
 def _frame(question): # token ids before the image, and between image and text
     return _ids(f'<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>'), _ids(f'<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n')
@@ -279,7 +279,7 @@ def hidden_states(model, batch:dict, rest:bool=False) -> tuple: # hidden states 
     output = model.model.language_model(inputs_embeds=embeddings, position_ids=positions, attention_mask={'full_attention': mask.to(images.device)})
     return output.last_hidden_state, first + len(ask_grid), second + len(ask)
 
-# %% ../nbs/13_pretraining.ipynb #c026
+# %% ../nbs/13_pretraining.ipynb #c027
 def _judged(model, hidden, first, ids, weights):
     "Weighted mean cross-entropy of a text, and which of its tokens were predicted right"
     logits = model.lm_head(hidden[:, first - 1:first - 1 + ids.shape[1]])
@@ -304,7 +304,7 @@ def losses(model, batch:dict, rest:bool=False) -> tuple[torch.Tensor, dict]: # l
 def _known(words, batch): return torch.tensor([_word(' ' + w) for w in words], device=batch['grid'].device)
 def _share(right, where): return (right & where).sum().item(), where.sum().item()
 
-# %% ../nbs/13_pretraining.ipynb #c029
+# %% ../nbs/13_pretraining.ipynb #c030
 def build_optimizers(model, config:PretrainConfig) -> list[torch.optim.Optimizer]:
     "Muon for the matrices of the layers, AdamW for embeddings, filters, norms and biases"
     matrices, rest = [], []
@@ -336,7 +336,7 @@ def load_state(path:Path, model, optimizers, config:PretrainConfig) -> int: # th
     for optimizer, saved_state in zip(optimizers, state['optimizers']): optimizer.load_state_dict(saved_state)
     return state['step']
 
-# %% ../nbs/13_pretraining.ipynb #c030
+# %% ../nbs/13_pretraining.ipynb #c031
 def save_vlm(model, folder:str|Path):
     "Writes model, tokenizer and image processor as one folder that `load_vlm` reads"
     tokenizer = build_tokenizer()
@@ -359,7 +359,7 @@ class _Log:
         row = facts | {key: round(total / count, 4) for key, (total, count) in self.sums.items() if count}
         self.file.write(json.dumps(row) + '\n'); self.file.flush(); self.sums = {}; return row
 
-# %% ../nbs/13_pretraining.ipynb #c031
+# %% ../nbs/13_pretraining.ipynb #c032
 def pretrain(out:str|Path, # folder of the training: state.pt, log.jsonl and, at the end, model/
              config:PretrainConfig=PretrainConfig(),
              device:str|None=None, # None takes the GPU when there is one
@@ -386,7 +386,7 @@ def pretrain(out:str|Path, # folder of the training: state.pt, log.jsonl and, at
     save_vlm(model.eval(), out / 'model')
     return out / 'model'
 
-# %% ../nbs/13_pretraining.ipynb #c039
+# %% ../nbs/13_pretraining.ipynb #c040
 EVALUATION_SEED = 2_000_000
 
 def named(reasoning:str|None) -> tuple[str|None, str|None]: # kind and place
