@@ -16,7 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 # %% ../nbs/01_images.ipynb #c006
 MIN_SIDE = 28             # one visual token of Qwen2.5-VL covers 28 x 28 pixels; anything smaller holds no evidence

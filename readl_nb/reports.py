@@ -17,7 +17,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
 from .images import show_name
 from .inspection import LEGEND, STYLE, Failure, Inspection, card, finite, panels

@@ -164,6 +164,14 @@ def test_readme_has_both_commands_and_ci_takes_them_from_there():
 def test_readme_has_no_number_left_to_fill():
     assert 'TODO' not in (ROOT/'README.md').read_text(encoding='utf-8')
 
+def test_readme_shows_the_numbers_that_the_pretraining_notebook_measured():
+    cells_of = json.loads((ROOT/'nbs/13_pretraining.ipynb').read_text(encoding='utf-8'))['cells']
+    printed = next(''.join(output['text']) for cell in cells_of if 'samples = evaluation_samples()' in ''.join(cell['source']) for output in cell['outputs'])
+    measured = {name.strip(): float(value) for name, value in re.findall(r'^(\S.*?) {2,}([\d.]+)$', printed, re.M)}
+    row = re.search(r'^\| 100 % \|(.*)\|$', (ROOT/'README.md').read_text(encoding='utf-8'), re.M)
+    assert measured['well formed'] == 1, 'the README says that every response is well formed'
+    assert [float(value) for value in row[1].split('|')] == [measured[name] for name in ('balanced accuracy', 'kind named', 'place named', 'pixel AUROC')]
+
 def local_links(text, folder):
     "The local files that Markdown `text`, read in `folder`, points to."
     text = re.sub(r'^(```|~~~).*?^\1', '', text, flags=re.M | re.S)
