@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'SYSTEM', 'EMBEDDED', 'PROBLEMS', 'Prompt', 'ImageProcessorOnly', 'torchvision_works', 'load_processor',
-           'VLM', 'model_path', 'load_vlm', 'prepare', 'Parsed', 'parse_response', 'decode', 'token_spans', 'Response',
-           'end_token_ids', 'generate', 'respond']
+           'VLM', 'model_path', 'load_vlm', 'fitted', 'prepare', 'Parsed', 'parse_response', 'decode', 'token_spans',
+           'Response', 'vision_token_ids', 'as_response', 'end_token_ids', 'generate', 'respond']
 
 # %% ../nbs/02_models.ipynb #c003
 import importlib.util, re
@@ -124,7 +124,9 @@ def _with_adapter(model, adapter):
         raise ValueError(f'cannot load adapter {adapter!r}: {_first_line(error)}: give a folder saved by PEFT for this model, as safetensors') from None
 
 # %% ../nbs/02_models.ipynb #c015
-def _fitted(image, size): return image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC) if size else image.convert('RGB')
+def fitted(image:Image.Image, size:int|None) -> Image.Image:
+    "The image as RGB, resized to a square of `size` pixels (ReADL, 5.1), or at its own shape when that is None"
+    return image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC) if size else image.convert('RGB')
 
 def prepare(vlm:VLM,
             images:list, # one PIL image a prompt, or a list of PIL images a prompt when `prompt.images` > 1
@@ -132,7 +134,7 @@ def prepare(vlm:VLM,
             completions:list|None=None, # token ids of one response per image, appended after the prompt
            ) -> BatchFeature: # input_ids, attention_mask, mm_token_type_ids [B, N]; pixel_values; image_grid_thw [images, 3]; on the model's device
     "A left-padded batch for the model; the same prompt for each image"
-    groups = [[_fitted(i, vlm.image_size) for i in (g if isinstance(g, (list, tuple)) else [g])] for g in images]
+    groups = [[fitted(i, vlm.image_size) for i in (g if isinstance(g, (list, tuple)) else [g])] for g in images]
     for number, group in enumerate(groups):
         if len(group) != prompt.images: raise ValueError(f'prompt number {number} has {len(group)} image(s) but the prompt shows {prompt.images}: give as many images as `Prompt.images`')
     text = vlm.processor.apply_chat_template(prompt.messages(), tokenize=False, add_generation_prompt=True)
@@ -248,14 +250,20 @@ class Response:
         return f'<p><b>{escape(str(self.answer))}</b>{sure}{note}<br>{escape(self.think or self.text)}</p>'
 
 # %% ../nbs/02_models.ipynb #c028
-def _vision_token_ids(config): return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
+def vision_token_ids(config) -> list[int]: # of a Qwen2.5-VL
+    "Ids that stand for pictures; never to be written by the model"
+    return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
 
-def _response(tokenizer, ids, ends, differences):
-    "The `Response` in one row of generated `ids`"
+def as_response(tokenizer, # of the model
+                ids:list, # of one completion, with end and padding if there are any
+                ends:set, # ids that end a response, see `end_token_ids`
+                differences:torch.Tensor|None=None, # [len(ids)] log P(Yes) - log P(No) at each token, for `log_odds`
+               ) -> Response:
+    "The `Response` in one row of generated ids: everything before the first end, truncated when there is none"
     stop = next((n for n, i in enumerate(ids) if i in ends), None)
     kept = tuple(ids[:stop]); text = decode(tokenizer, kept); at = parse_response(text).answer_at
     odds = None
-    if at is not None and differences.isfinite().all(): # the answer word begins in the first token that reaches beyond its first character
+    if differences is not None and at is not None and differences.isfinite().all(): # the answer word begins in the first token that reaches beyond its first character
         odds = next(float(differences[n]) for n, (_, end) in enumerate(token_spans(tokenizer, kept)) if end > at)
     return Response(text, kept, odds, stop is None)
 
@@ -273,10 +281,10 @@ def generate(vlm:VLM, batch:BatchFeature, # from `prepare`
     "The responses to one prepared batch; visual tokens are never generated, they would break the next pass over the text"
     logits = _AnswerLogits(vlm.tokenizer)
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1., num_return_sequences=n) if temperature > 0 else dict(do_sample=False, temperature=None, top_k=None, top_p=None)
-    ids = vlm.model.generate(**batch, max_new_tokens=max_new_tokens, suppress_tokens=_vision_token_ids(vlm.model.config), repetition_penalty=1.,
+    ids = vlm.model.generate(**batch, max_new_tokens=max_new_tokens, suppress_tokens=vision_token_ids(vlm.model.config), repetition_penalty=1.,
                              logits_processor=LogitsProcessorList([logits]), pad_token_id=vlm.tokenizer.pad_token_id, **sampling)
     new, differences = ids[:, batch['input_ids'].shape[1]:].tolist(), torch.stack(logits.steps, 1)
-    return [_response(vlm.tokenizer, row, end_token_ids(vlm), d) for row, d in zip(new, differences)]
+    return [as_response(vlm.tokenizer, row, end_token_ids(vlm), d) for row, d in zip(new, differences)]
 
 # %% ../nbs/02_models.ipynb #c029
 def respond(vlm:VLM,
