@@ -10,7 +10,7 @@ __all__ = ['QWEN_7B', 'SMALL', 'SHAPES', 'LENGTHS', 'SCRIPT', 'finish', 'alterna
            'random_maps', 'scoring_speedup', 'step_for_benchmark', 'grpo_ratio', 'benchmark_parser', 'measure', 'main']
 
 # %% ../nbs/16_benchmarks.ipynb #c003
-import argparse, copy, gc, json, os, platform, statistics, sys, tempfile, time
+import argparse, copy, gc, json, os, platform, statistics, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import numpy as np
@@ -374,7 +374,7 @@ def step_for_benchmark(vlm, folder, images, generations, **choices):
     batch = next(iter(trainer.get_train_dataloader()))
     def step(learn=True):
         torch.manual_seed(0); trainer._step, trainer._buffered_inputs = 0, None
-        if learn: trainer.training_step(trainer.model, batch); trainer.model.zero_grad()
+        if learn: trainer.training_step(trainer.model, batch, None); trainer.model.zero_grad()
         return (trainer._buffered_inputs or [trainer._prepare_inputs(batch)])[0]['completion_ids']
     return step
 
@@ -386,7 +386,8 @@ def grpo_ratio(
 ) -> dict:
     "Training step with R_cons / without: time, memory, and whether both sampled the same."
     choices = dict(plain=dict(method='r1'), consistency=dict(method='cgro'), second_pass=dict(method='cgro', evidence='pass'))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)   # TRL still says gradient_checkpointing
         vlms = {name: load() for name in choices}
         device, weights = vlms['plain'].device, sum(p.nbytes for p in vlms['plain'].model.parameters())
         sides = {name: step_for_benchmark(vlms[name], folder, images, generations, **which) for name, which in choices.items()}

@@ -6,8 +6,9 @@
 __all__ = ['LANGUAGE', 'MERGER', 'CGROConfig', 'check_choices', 'lora_config', 'distinct', 'each_image_once', 'Evidence',
            'arguments', 'conversation', 'rewards_of', 'build_trainer']
 
-# %% ../nbs/08_grpo.ipynb #c002
-from dataclasses import dataclass, replace
+# %% ../nbs/08_grpo.ipynb #c003
+from dataclasses import dataclass, fields, replace
+from types import MethodType
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -17,9 +18,9 @@ from trl import GRPOConfig, GRPOTrainer
 from .attention import TokenAttention, capture, capturing_generation, lay_out
 from .inspection import ReALConfig, choice, config_table, seen_by
 from .models import QUESTION, SYSTEM, VLM, Prompt, Response, as_response, end_token_ids, vision_token_ids
-from .rewards import AccuracyReward, ConsistencyReward, FormatReward
+from .rewards import AccuracyReward, ConsistencyReward, FormatReward, check_hyperparameters
 
-# %% ../nbs/08_grpo.ipynb #c005
+# %% ../nbs/08_grpo.ipynb #c029
 @dataclass(frozen=True)
 class CGROConfig:
     "The choices of a training, each with its default, its reason and its alternatives. Source: ReADL 4.2, 5.1, Table 4."
@@ -55,36 +56,40 @@ class CGROConfig:
     def __post_init__(self): check_choices(self)
     def _repr_html_(self): return config_table(self)
 
-# %% ../nbs/08_grpo.ipynb #c006
+# %% ../nbs/08_grpo.ipynb #c030
 def check_choices(
     config,   # a `CGROConfig`
 ) -> None:
     "Nothing, or a `ValueError` naming the choice that cannot be."
     def need(name, good, mend):
         if not good: raise ValueError(f'CGROConfig.{name} is {getattr(config, name)!r}; {mend}')
+    for f in fields(config):
+        value, kinds = getattr(config, f.name), (int, float) if f.type is float else f.type
+        mend = f"use a {dict(int='whole number', float='number (in YAML 1.0e-4, as 1e-4 is text)', bool='yes or no: True or False').get(f.type.__name__, f.type.__name__)}"
+        need(f.name, isinstance(value, kinds) and (f.type is bool or not isinstance(value, bool)), mend)
     need('method', config.method in ('r1', 'cgro'), "use 'r1' or 'cgro'")
     need('generations', config.generations >= 2, 'use 2 or more: a group of one has nothing to be compared with')
-    for name in ('k', 'prompts_per_step', 'max_new_tokens', 'lora_rank', 'max_steps', 'micro_batch', 'save_steps'): need(name, getattr(config, name) >= 1, 'use 1 or more')
-    for name in ('delta1', 'delta2', 'epsilon'): need(name, 0 <= getattr(config, name) <= 1, 'use 0 to 1')
+    for name in ('prompts_per_step', 'max_new_tokens', 'lora_rank', 'max_steps', 'micro_batch', 'save_steps'): need(name, getattr(config, name) >= 1, 'use 1 or more')
+    need('epsilon', 0 <= config.epsilon <= 1, 'use 0 to 1')
     for name in ('beta', 'learning_rate', 'warmup_steps', 'seed'): need(name, getattr(config, name) >= 0, 'use 0 or more')
     for name in ('temperature', 'lora_alpha'): need(name, getattr(config, name) > 0, 'use more than 0')
-    need('percentile', 0 <= config.percentile < 100, 'use 0 to below 100')
+    check_hyperparameters(config.k, config.delta1, config.delta2, config.percentile)   # its own sentences
     need('evidence', config.evidence in ('decoding', 'pass'), "use 'decoding' or 'pass'")
     need('evidence', not (config.use_vllm and config.evidence == 'decoding' and config.method == 'cgro'), "vLLM keeps no attention: use 'pass'")
     need('vllm_mode', config.vllm_mode in ('colocate', 'server'), "use 'colocate' or 'server'")
     need('image_size', config.image_size >= 28 and config.image_size % 28 == 0, 'use a multiple of 28')
 
-# %% ../nbs/08_grpo.ipynb #c008
+# %% ../nbs/08_grpo.ipynb #c036
 LANGUAGE = r'.*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)'
 MERGER = r'.*visual\.merger\.mlp\.[02]'   # the two linear layers between vision and language
 
 def lora_config(
-    config=CGROConfig(),
+    config=CGROConfig(),   # lora_rank and lora_alpha count
 ) -> LoraConfig:
     "LoRA on every linear layer of the language model and of the merger; nothing else moves. Source: ReADL 5.1."
     return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=f'{LANGUAGE}|{MERGER}', task_type='CAUSAL_LM')
 
-# %% ../nbs/08_grpo.ipynb #c010
+# %% ../nbs/08_grpo.ipynb #c040
 def distinct(
     pixels: torch.Tensor,   # [patches of all images, values]
     grids: torch.Tensor,    # [images, 3] patches in time, height, width
@@ -104,16 +109,16 @@ def each_image_once(
     "The model, whose vision tower from now on reads each distinct image of a batch once. Same numbers, less work."
     visual = next(module for module in model.modules() if isinstance(module, Qwen2_5_VisionTransformerPretrainedModel))
     forward = type(visual).forward
-    def once(hidden_states, grid_thw, **options):
+    def once(self, hidden_states, grid_thw, **options):
         firsts, which = distinct(hidden_states, grid_thw)
         pieces, grids = hidden_states.split(grid_thw.prod(-1).tolist()), grid_thw[firsts]
-        seen = forward(visual, torch.cat([pieces[n] for n in firsts]), grid_thw=grids, **options)
-        parts = seen.pooler_output.split((grids.prod(-1) // visual.spatial_merge_size**2).tolist())
+        seen = forward(self, torch.cat([pieces[n] for n in firsts]), grid_thw=grids, **options)
+        parts = seen.pooler_output.split((grids.prod(-1) // self.spatial_merge_size**2).tolist())
         return BaseModelOutputWithPooling(last_hidden_state=seen.last_hidden_state, pooler_output=torch.cat([parts[place] for place in which]))
-    visual.forward = once
+    visual.forward = MethodType(once, visual)   # bound, so that a deep copy of the model uses its own tower
     return model
 
-# %% ../nbs/08_grpo.ipynb #c012
+# %% ../nbs/08_grpo.ipynb #c051
 class Evidence:
     "The attention of sampled completions: kept while they were written, or from one more pass over them."
     def __init__(self, vlm, config=CGROConfig()):
@@ -122,14 +127,15 @@ class Evidence:
 
     def watch(self, model):
         "From now on keep what each `model.generate` saw, until it is asked for."
-        generate = model.generate
-        def watched(**inputs):
+        generate = type(model).generate
+        def watched(model, **inputs):
             columns, layouts = self.places(inputs)
             real = self.config.real
-            with capturing_generation(model, columns, real.layers, real.heads) as seen: ids = generate(**inputs)
+            with capturing_generation(model, columns, real.layers, real.heads) as seen: ids = generate(model, **inputs)
+            layouts = [l for l in layouts for _ in range(len(ids) // len(layouts))]   # several responses a prompt
             self.kept = ids[:, inputs['input_ids'].shape[1]:].tolist(), layouts, seen.attention.cpu()
             return ids
-        model.generate = watched
+        model.generate = MethodType(watched, model)
         return self
 
     def places(self, inputs):
@@ -138,11 +144,13 @@ class Evidence:
         layouts = [lay_out(self.vlm, inputs, b, [None] * B, [Response('', ())] * B, self.config.real.words, -1, known) for b in range(B)]
         return torch.nn.utils.rnn.pad_sequence([torch.cat([l.image, l.words]) for l in layouts], batch_first=True, padding_value=-1), layouts
 
-# %% ../nbs/08_grpo.ipynb #c013
+# %% ../nbs/08_grpo.ipynb #c052
 def _look(self, images, completion_ids) -> list[TokenAttention]:
-    "Where the reasoning tokens of each completion looked; `images` are PIL images, one a completion."
+    "Where the reasoning tokens of each completion looked; `images` are PIL images, one a completion, as the model was shown them."
     vlm, real = self.vlm, self.config.real
-    responses = [as_response(vlm.tokenizer, list(ids), self.ends) for ids in completion_ids]
+    # the last token of a completion cut off at the limit was never read by the model: it has no attention
+    completion_ids = [list(ids) if ids and ids[-1] in self.ends else list(ids[:-1]) for ids in completion_ids]
+    responses = [as_response(vlm.tokenizer, ids, self.ends) for ids in completion_ids]
     (written, layouts, rows), self.kept = self.kept or ((), (), ()), None
     if len(written) == len(responses) and all(tuple(w[:len(r.token_ids)]) == r.token_ids for w, r in zip(written, responses)):
         return [seen_by(vlm, *each, real, self.prompt) for each in zip(images, responses, layouts, rows)]
@@ -151,7 +159,7 @@ def _look(self, images, completion_ids) -> list[TokenAttention]:
 
 Evidence.__call__ = _look
 
-# %% ../nbs/08_grpo.ipynb #c015
+# %% ../nbs/08_grpo.ipynb #c062
 def arguments(
     config: CGROConfig,   # the choices
     out,                  # folder for checkpoints and completions
@@ -175,7 +183,7 @@ def arguments(
         save_steps=config.save_steps, save_total_limit=2, log_completions=True, num_completions_to_print=0, report_to='none',
         remove_unused_columns=False, **vllm), **more})
 
-# %% ../nbs/08_grpo.ipynb #c016
+# %% ../nbs/08_grpo.ipynb #c063
 def conversation(
     config: CGROConfig,
 ) -> list[dict]:
@@ -194,22 +202,26 @@ def rewards_of(
                                        percentile=config.percentile, soft=config.soft, pairwise=config.pairwise))
     return parts
 
-# %% ../nbs/08_grpo.ipynb #c017
+# %% ../nbs/08_grpo.ipynb #c064
 def build_trainer(
     vlm: VLM,                 # from `load_vlm`; its network gets the adapter, so load another for other uses
-    dataset: Dataset,         # columns image (PIL), label (0 or 1); others are passed to the rewards
+    dataset: Dataset,         # columns prompt (see `conversation`), image (PIL, of the size the model is shown), label (0 or 1); others are passed to the rewards
     out,                      # folder for checkpoints and completions
     config=CGROConfig(),
     callbacks=(),             # of transformers
     processes: int=1,         # that share each step
     **more,                   # further fields of `trl.GRPOConfig`
 ) -> GRPOTrainer:
-    "TRL's trainer for `r1` or `cgro`; `.train()` starts it."
+    "TRL's trainer for `r1` or `cgro`; `.train()` starts it. Raises `ValueError` for a missing column or a network that has an adapter already."
+    missing = {'prompt', 'image', 'label'} - set(dataset.column_names)
+    if missing: raise ValueError(f'the dataset has no column {" and ".join(sorted(missing))}: give prompt=conversation(config), image and label')
+    if getattr(vlm.model, 'peft_config', None): raise ValueError('the model has an adapter already: load it anew with load_vlm, without one, for each trainer')
     evidence = Evidence(vlm, config)
-    suppressed = dict(generation_kwargs=dict(suppress_tokens=vision_token_ids(vlm.model.config)))
-    trainer = GRPOTrainer(vlm.model, rewards_of(config, evidence), arguments(config, out, processes, **{**suppressed, **more}), dataset,
+    visual = vision_token_ids(vlm.model.config)   # never to be written: a sampled image token would break the next pass
+    never = dict(logit_bias={token: -100. for token in visual}) if config.use_vllm else dict(suppress_tokens=visual)   # vLLM knows no suppress_tokens
+    trainer = GRPOTrainer(vlm.model, rewards_of(config, evidence), arguments(config, out, processes, **(dict(generation_kwargs=never) | more)), dataset,
                           processing_class=vlm.processor, peft_config=lora_config(config), callbacks=list(callbacks))
-    evidence.vlm = replace(vlm, model=trainer.model)
+    evidence.vlm = replace(vlm, model=trainer.model, image_size=None)   # TRL shows images as they are
     each_image_once(trainer.model)
     if config.method == 'cgro' and config.evidence == 'decoding': evidence.watch(trainer.model)
     return trainer

@@ -9,12 +9,11 @@ __all__ = ['LAUNCH', 'SETTINGS', 'VISION', 'ROPE', 'SHAPES', 'STRATEGIES', 'laun
 
 # %% ../nbs/08c_scaling.ipynb #c003
 from importlib.resources import files
-import torch
 from .grpo import CGROConfig
 
 # %% ../nbs/08c_scaling.ipynb #c007
 LAUNCH = ('cpu', 'gpu', 'gpus', 'fsdp', 'zero2', 'zero3', 'nodes')   # for `accelerate launch --config_file`
-SETTINGS = tuple(f'qwen_{size}{rollouts}' for size in ('3b', '7b') for rollouts in ('', '_colocate', '_server'))   # for `readl_train --config`
+SETTINGS = ('readl_tiny', *(f'qwen_{size}{rollouts}' for size in ('3b', '7b') for rollouts in ('', '_colocate', '_server')))   # for `readl_train --config`
 
 def launch_file(
     name: str,   # of `LAUNCH` or `SETTINGS`

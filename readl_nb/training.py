@@ -6,9 +6,9 @@
 __all__ = ['RECORD', 'METRICS', 'ADAPTER', 'SEAL', 'FREE', 'NAMES', 'WINDOW', 'typed', 'chosen', 'read_settings', 'FittedImages',
            'training_data', 'Order', 'fingerprint', 'record_of', 'difference', 'check_run_folder', 'digest', 'seal',
            'damage', 'step_of', 'checkpoints', 'last_whole', 'check_adapter', 'metrics_of', 'read_metrics', 'rewind',
-           'flat', 'one_step', 'Recorder', 'Checked', 'Preflight', 'shortened', 'dry_run', 'free_memory', 'estimate',
-           'needed_disk', 'preflight', 'speaker', 'newer', 'save_adapter', 'trainer_for', 'go', 'open_run', 'closing',
-           'run', 'device_of', 'train']
+           'flat', 'clock', 'one_step', 'Recorder', 'Checked', 'quiet', 'trainer_for', 'Preflight', 'shortened',
+           'dry_run', 'free_memory', 'estimate', 'needed_disk', 'preflight', 'speaker', 'newer', 'save_adapter', 'go',
+           'open_run', 'closing', 'run', 'device_of', 'train']
 
 # %% ../nbs/08d_training.ipynb #c002
 import hashlib
@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from html import escape
@@ -49,7 +50,7 @@ from .models import EMBEDDED, VLM, Prompt, end_token_ids, fitted, load_vlm, resp
 from .reports import as_json, write_atomic
 from .scaling import memory_of
 
-# %% ../nbs/08d_training.ipynb #c004
+# %% ../nbs/08d_training.ipynb #c006
 def typed(
     value,        # from a file; untrusted
     default,      # of the field
@@ -99,7 +100,7 @@ def read_settings(
         raise ValueError(f"{name}{'' if line is None else f', line {line + 1}'}: this is no YAML; write one `name: value` a line") from None
     return chosen({} if values is None else values, CGROConfig, name)
 
-# %% ../nbs/08d_training.ipynb #c006
+# %% ../nbs/08d_training.ipynb #c010
 class FittedImages(LazyImages):
     "Reads pictures as `LazyImages` does, at the model's size, and keeps the last few: a group of G asks for the same picture G times."
     def __init__(
@@ -120,7 +121,7 @@ class FittedImages(LazyImages):
         self.kept.move_to_end(path)
         return self.kept[path]
 
-# %% ../nbs/08d_training.ipynb #c007
+# %% ../nbs/08d_training.ipynb #c011
 def training_data(
     data,                 # a folder or 'elpv', as `labelled` takes it, or what `labelled` gave
     config=CGROConfig(),
@@ -137,7 +138,7 @@ def training_data(
     rows = rows.add_column('prompt', [conversation(config)] * len(rows))
     return rows.add_column('image', list(rows['path'])).with_transform(FittedImages(rows, config.image_size, 4 * config.prompts_per_step))
 
-# %% ../nbs/08d_training.ipynb #c009
+# %% ../nbs/08d_training.ipynb #c015
 class Order(torch.utils.data.Sampler):
     "The place of an image for each completion: shuffled passes one behind the other, as many steps as are asked for, each prompt G times."
     def __init__(
@@ -156,7 +157,7 @@ class Order(torch.utils.data.Sampler):
             step, line = line[:self.config.prompts_per_step], line[self.config.prompts_per_step:]
             for _ in range(self.repeats): yield from (place for place in step for _ in range(self.config.generations))
 
-# %% ../nbs/08d_training.ipynb #c011
+# %% ../nbs/08d_training.ipynb #c019
 RECORD, METRICS, ADAPTER, SEAL = 'run.json', 'metrics.jsonl', 'adapter', 'complete.json'
 FREE = ('max_steps', 'save_steps')   # may change while a run goes on
 
@@ -184,7 +185,7 @@ def record_of(
                   config=asdict(config), processes=processes, versions={name: installed(name) for name in packages})
     return json.loads(json.dumps(record))
 
-# %% ../nbs/08d_training.ipynb #c012
+# %% ../nbs/08d_training.ipynb #c020
 def difference(
     here: dict,    # the record of the run that is to begin
     there: dict,   # the record in the folder
@@ -218,7 +219,7 @@ def check_run_folder(
     begun = (out/METRICS).exists() and (out/METRICS).stat().st_size or (out/ADAPTER).exists() or any(out.glob('checkpoint-*'))
     if differs and begun: raise ValueError(f'{name}: it holds another run: {differs}; {mend} or take its settings')
 
-# %% ../nbs/08d_training.ipynb #c014
+# %% ../nbs/08d_training.ipynb #c024
 def digest(path):
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
@@ -244,7 +245,7 @@ def damage(
         if path.stat().st_size != file['bytes'] or digest(path) != file['sha256']: return f'{show_name(name)} is damaged'
     return ''
 
-# %% ../nbs/08d_training.ipynb #c015
+# %% ../nbs/08d_training.ipynb #c025
 def step_of(checkpoint) -> int: return int(Path(checkpoint).name.rpartition('-')[2])
 
 def checkpoints(
@@ -264,7 +265,7 @@ def last_whole(
         broken.append((folder, wrong))
     return None, broken
 
-# %% ../nbs/08d_training.ipynb #c016
+# %% ../nbs/08d_training.ipynb #c027
 def check_adapter(
     trainer,      # about to go on
     checkpoint,   # whose adapter it will take
@@ -279,7 +280,7 @@ def check_adapter(
             raise ValueError(f'{show_name(checkpoint)}: its adapter does not fit the model: {name} is {there.get(name, "not there")} and should be '
                              f'{here.get(name, "absent")}; give the model that the run began with')
 
-# %% ../nbs/08d_training.ipynb #c018
+# %% ../nbs/08d_training.ipynb #c029
 NAMES = {'reward': 'reward', 'reward/std': 'reward_std'}
 for part in ('format', 'accuracy', 'consistency'): NAMES |= {f'reward/{part}': f'rewards/{part}/mean', f'reward/{part}/std': f'rewards/{part}/std'}
 NAMES |= {name: name for name in ('jaccard', 'jaccard/anomalous', 'jaccard/normal', 'kl')}
@@ -320,7 +321,7 @@ def rewind(
         number = path.stem.rpartition('_')[2]
         if number.isdigit() and int(number) > step: path.unlink()
 
-# %% ../nbs/08d_training.ipynb #c019
+# %% ../nbs/08d_training.ipynb #c032
 WINDOW = 10   # steps without any difference after which it is said
 
 def flat(
@@ -338,7 +339,9 @@ def flat(
     causes.append(f'the temperature {config.temperature:g} is too low for the answers of a group to differ (raise it)')
     return f"all rewards of every group were equal for {len(lines)} step{'s' * (len(lines) > 1)}, so nothing is learnt; likely causes: {'; '.join(causes)}"
 
-# %% ../nbs/08d_training.ipynb #c020
+# %% ../nbs/08d_training.ipynb #c035
+def clock(seconds) -> str: return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+
 def one_step(
     line: dict,   # of metrics.jsonl
     steps: int,   # of the whole run
@@ -347,7 +350,7 @@ def one_step(
     number = lambda name, form='.2f': '-' if line.get(name) is None else format(line[name], form)
     parts = [f'{part} {number(f"reward/{part}")}±{number(f"reward/{part}/std")}' for part in ('format', 'accuracy', 'consistency') if line.get(f'reward/{part}') is not None]
     left = line['seconds'] * (steps - line['step'])
-    return (f"step {line['step']}/{steps}, {left / 60:.0f} min left: reward {number('reward')}±{number('reward/std')} ({', '.join(parts)}), J {number('jaccard')}, equal groups {number('zero_variance_groups', '.0%')}, "
+    return (f"step {line['step']}/{steps}, {clock(left)} left: reward {number('reward')}±{number('reward/std')} ({', '.join(parts)}), J {number('jaccard')}, equal groups {number('zero_variance_groups', '.0%')}, "
             f"clipped {number('clip_fraction', '.1%')}, KL {number('kl', '.4f')}, length {number('completion_length', '.0f')}, malformed {number('malformed', '.0%')}, loss {number('loss', '.4f')}")
 
 class Recorder(TrainerCallback):
@@ -366,15 +369,16 @@ class Recorder(TrainerCallback):
         for name in ('loss', 'grad_norm'):
             if finite(logs.get(name, 0.)) is None:
                 raise ValueError(f'the {name} is {logs[name]} at step {state.global_step}; lower learning_rate ({self.config.learning_rate:g}) in a new folder, or go on from the last checkpoint')
-        found = {path for paths in gather_object([sorted(self.unreadable)]) for path in paths} - self.named
-        self.named |= found
+        found = {path: why for reasons in gather_object([dict(self.unreadable)]) for path, why in reasons.items() if path not in self.named}
+        self.named |= set(found)
         now = time.perf_counter(); seconds, self.began = now - self.began, now
-        if state.is_world_process_zero: self.write(metrics_of(logs, state.global_step, seconds=round(seconds, 3), unreadable=sorted(found)))
+        if not state.is_world_process_zero: return
+        for path, why in sorted(found.items()): self.say(f'{show_name(path)} cannot be read: {why}; another image of the same label stands in')
+        self.write(metrics_of(logs, state.global_step, seconds=round(seconds, 3), unreadable=sorted(found)))
 
     def write(self, line):
         with open(self.out/METRICS, 'a', encoding='utf8') as file: file.write(as_json(line) + '\n'); file.flush(); os.fsync(file.fileno())
         self.lines.append(line)
-        for path in line['unreadable']: self.say(f'{show_name(path)} cannot be read: {self.unreadable.get(path, "")}; another image of the same label stands in')
         if self.progress: self.say(one_step(line, self.config.max_steps))
         if self.bar is not None: self.bar.update()
         reason = len(self.lines) >= WINDOW and not self.warned and flat(self.lines[-WINDOW:], self.config)
@@ -387,7 +391,7 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/08d_training.ipynb #c022
+# %% ../nbs/08d_training.ipynb #c037
 class Checked:
     "A reward function that refuses to give anything but finite numbers."
     def __init__(self,
@@ -406,7 +410,35 @@ class Checked:
             for name in self.columns: log_extra(name, list(inputs[name]))
         return values
 
-# %% ../nbs/08d_training.ipynb #c024
+# %% ../nbs/08d_training.ipynb #c039
+@contextmanager
+def quiet():
+    "Leaves out warnings that are none of the user's business inside the block."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)               # of libraries about each other
+        warnings.filterwarnings('ignore', message='.*stands in')     # unreadable images: `Recorder` says it, once for all processes
+        yield
+
+# %% ../nbs/08d_training.ipynb #c040
+def trainer_for(
+    vlm: VLM,
+    dataset: Dataset,
+    out,
+    config: CGROConfig,
+    recorder: Recorder,
+    callbacks,
+    processes: int,
+    **more,
+):
+    "The trainer with our order of images, our records and checked rewards."
+    trainer = build_trainer(vlm, dataset, out, config, [recorder, *callbacks], processes, **more)
+    for talker in (PrinterCallback, ProgressCallback): trainer.remove_callback(talker)
+    trainer._get_train_sampler = lambda dataset=None: Order(len(trainer.train_dataset), config, trainer.args.steps_per_generation)
+    trainer.reward_funcs = [Checked(reward, ('path', 'label') if n == 0 else ()) for n, reward in enumerate(trainer.reward_funcs)]
+    trainer.create_model_card = lambda *_, **__: None   # a page of advertisement with local paths
+    return trainer
+
+# %% ../nbs/08d_training.ipynb #c042
 @dataclass(frozen=True)
 class Preflight:
     "What was found before a training."
@@ -423,13 +455,18 @@ class Preflight:
         memory = f"memory: about {self.memory['peak']:.2f} GiB needed at most, {self.free:.1f} GiB free" if self.memory else f'memory: {self.free:.1f} GiB free'
         return '\n'.join([memory, f'disk: about {self.needed:.2f} GiB needed, {self.disk:.1f} GiB free'] + ([head, *table] if self.rows else []))
 
-    def _repr_html_(self): return f'<pre>{escape(str(self))}</pre>'
+    def _repr_html_(self):
+        memory, disk = str(self).split('\n')[:2]
+        names = 'label', 'format', 'accuracy', 'consistency', 'jaccard', 'completion'
+        cell = lambda value: '-' if value is None else f'{value:.2f}' if isinstance(value, float) else escape(shortened(str(value), 110))
+        rows = ''.join('<tr>' + ''.join(f'<td style="text-align:left">{cell(row.get(name))}</td>' for name in names) + '</tr>' for row in self.rows)
+        return f'<p>{memory}<br>{disk}</p><table><tr>' + ''.join(f'<th>{name}</th>' for name in names) + f'</tr>{rows}</table>'
 
 def shortened(text, limit=72):
     text = one_line(' '.join(text.split()), 10_000)
     return text if len(text) <= limit else f'{text[:limit - 25]} ... {text[-20:]}'
 
-# %% ../nbs/08d_training.ipynb #c025
+# %% ../nbs/08d_training.ipynb #c043
 def dry_run(
     vlm: VLM,           # the model that is to be trained
     dataset: Dataset,   # from `training_data`
@@ -451,7 +488,7 @@ def dry_run(
     return [dict(label=s['label'], completion=r.text, jaccard=finite(extra.get('jaccard', [None] * len(samples))[n]), path=s['path'], **{name: values[n] for name, values in given.items()})
             for n, (s, r) in enumerate(zip(samples, responses))]
 
-# %% ../nbs/08d_training.ipynb #c026
+# %% ../nbs/08d_training.ipynb #c044
 def free_memory(
     device,   # a torch device
 ) -> float:
@@ -497,7 +534,7 @@ def preflight(
     rows = dry_run(replace(vlm, model=trainer.model), dataset, trainer.reward_funcs, config) if dry else []
     return Preflight(tuple(rows), memory or {}, free, disk, needed)
 
-# %% ../nbs/08d_training.ipynb #c028
+# %% ../nbs/08d_training.ipynb #c048
 def speaker(
     main: bool,   # only the main process speaks
 ):
@@ -507,7 +544,7 @@ def speaker(
         with tqdm.external_write_mode(file=sys.stderr): print(f'readl_train: {text}', file=sys.stderr, flush=True)
     return say
 
-# %% ../nbs/08d_training.ipynb #c029
+# %% ../nbs/08d_training.ipynb #c049
 def newer(adapter, checkpoint) -> bool:
     "Whether the adapter is that of the checkpoint."
     file = Path(adapter)/'adapter_model.safetensors'
@@ -531,26 +568,7 @@ def save_adapter(
     shutil.rmtree(old, ignore_errors=True)
     return done
 
-# %% ../nbs/08d_training.ipynb #c030
-def trainer_for(
-    vlm: VLM,
-    dataset: Dataset,
-    out,
-    config: CGROConfig,
-    recorder: Recorder,
-    callbacks,
-    processes: int,
-    **more,
-):
-    "The trainer with our order of images, our records and checked rewards."
-    trainer = build_trainer(vlm, dataset, out, config, [recorder, *callbacks], processes, **more)
-    for talker in (PrinterCallback, ProgressCallback): trainer.remove_callback(talker)
-    trainer._get_train_sampler = lambda dataset=None: Order(len(trainer.train_dataset), config, trainer.args.steps_per_generation)
-    trainer.reward_funcs = [Checked(reward, ('path', 'label') if n == 0 else ()) for n, reward in enumerate(trainer.reward_funcs)]
-    trainer.create_model_card = lambda *_, **__: None   # a page of advertisement with local paths
-    return trainer
-
-# %% ../nbs/08d_training.ipynb #c031
+# %% ../nbs/08d_training.ipynb #c050
 def go(
     trainer,
     out,
@@ -570,7 +588,7 @@ def go(
         kept = f'{left[-1].name} is kept' if left else 'no checkpoint was written before'
         raise ValueError(f'{show_name(out)}: {what} ({one_line(" ".join(str(error).split()), 120)}); {kept}: make room on the disk and start the same training again') from None
 
-# %% ../nbs/08d_training.ipynb #c032
+# %% ../nbs/08d_training.ipynb #c051
 def open_run(
     out: Path,      # folder of the run
     record: dict,   # of the run
@@ -601,22 +619,20 @@ def closing(
     named = sorted({path for line in lines for path in line['unreadable']})
     if named: say(f"{len(named)} image{'s' * (len(named) > 1)} could not be read and another of the same label stood in: {', '.join(map(show_name, named[:20]))}" + ' ...' * (len(named) > 20))
 
-# %% ../nbs/08d_training.ipynb #c033
-def run(dataset, out, config, model, device, checkpoint, callbacks, processes, say, progress, more) -> None:
-    "Nothing; loads, checks and trains from `checkpoint` or from the beginning."
-    vlm = load_vlm(model, device=device, image_size=config.image_size)
-    check_prompt(vlm, Prompt(config.question), config.real)
+# %% ../nbs/08d_training.ipynb #c052
+def run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progress, more) -> None:
+    "Nothing; checks and trains from `checkpoint` or from the beginning."
     recorder = Recorder(out, config, dataset, say, progress)
     trainer = trainer_for(vlm, dataset, out, config, recorder, callbacks, processes, **more)
     if checkpoint: check_adapter(trainer, checkpoint)
     if PartialState().is_main_process:
         found = preflight(trainer, vlm, dataset, out, config, estimate(trainer, config), dry=not checkpoint)
-        if progress: say(f'{found}')
+        if progress: say(f'before the training\n{found}')
     PartialState().wait_for_everyone()
     go(trainer, out, checkpoint)
     if PartialState().is_main_process: closing(out, config, say)
 
-# %% ../nbs/08d_training.ipynb #c034
+# %% ../nbs/08d_training.ipynb #c053
 def device_of(
     device: str | None,   # as the user gave it
 ) -> torch.device:
@@ -626,7 +642,8 @@ def device_of(
     except (RuntimeError, AssertionError): raise ValueError(f"device {one_line(device, 60)!r} is not there; use {'cuda or ' * gpu}cpu") from None
     return found
 
-# %% ../nbs/08d_training.ipynb #c035
+# %% ../nbs/08d_training.ipynb #c054
+@quiet()
 def train(
     data,                      # a folder or 'elpv', as `labelled` takes it, or what `labelled` gave
     out,                       # folder of the run, made when it is not there
@@ -653,14 +670,13 @@ def train(
     record = record_of(config, model, dataset, processes)
     check_run_folder(out, record)
     checkpoint, broken = last_whole(out)
+    unfinished = not checkpoint or step_of(checkpoint) < config.max_steps
+    if unfinished: vlm = load_vlm(model, device=str(device), image_size=config.image_size); check_prompt(vlm, Prompt(config.question), config.real)
     PartialState().wait_for_everyone()   # everyone has looked before anything changes
-    if state.is_main_process: open_run(out, record, checkpoint, broken, say)
+    if state.is_main_process and (unfinished or broken): open_run(out, record, checkpoint, broken, say)
     PartialState().wait_for_everyone()
-    if not checkpoint or step_of(checkpoint) < config.max_steps:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', FutureWarning)
-            warnings.filterwarnings('ignore', message='.*stands in')   # the recorder says it, once for all processes
-            run(dataset, out, config, model, str(device), checkpoint, callbacks, processes, say, progress, more)
+    if unfinished:
+        run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progress, more)
         checkpoint = last_whole(out)[0]
     elif (out/ADAPTER).exists(): say(f'{show_name(out)} has its {step_of(checkpoint)} steps already: nothing to do; a larger max_steps goes on')
     if state.is_main_process and not newer(out/ADAPTER, checkpoint): save_adapter(out, checkpoint, model)

@@ -61,7 +61,8 @@ def changed(before, after): return [name for name in before if before[name] != a
 @each_notebook
 def test_notebook_opens_with_module_title_and_purpose(path):
     head, sources = cells(path)[:4], cells(path)
-    if path.name != 'index.ipynb': assert sources[0].startswith('#| default_exp '), 'the first cell names the module: #| default_exp NAME'
+    if path.parent.name != 'nbs': assert sources[0].startswith('# Parameters'), 'a notebook that exports nothing begins with its parameters'
+    elif path.name != 'index.ipynb': assert sources[0].startswith('#| default_exp '), 'the first cell names the module: #| default_exp NAME'
     assert any(re.match(r'# \S', source) for source in head), 'no `# Title` within the first four cells'
     purposes = [line for source in head for line in source.splitlines() if line.startswith('> ')]
     assert len(purposes) == 1, 'one line that starts with `> ` and states the purpose belongs within the first four cells'

@@ -1,0 +1,149 @@
+"What has to hold for `readl_train` as a user runs it: killed, out of disk, damaged or misused, it goes on or says why not in one sentence."
+import json, math, shutil, subprocess, sys, time
+from pathlib import Path
+import pytest
+from readl_nb.commands import readl_train
+from readl_nb.training import damage, last_whole, read_metrics, seal
+
+CODE = 'import sys; from readl_nb.commands import readl_train; sys.exit(readl_train())'
+COMMAND = [sys.executable, '-c', CODE]
+SETTINGS = 'prompts_per_step: 2\ngenerations: 2\nmax_new_tokens: 48\nsave_steps: 1\nmicro_batch: 4\ntemperature: 1.5\nlearning_rate: 1e-3\nmax_steps: 4\n'
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory, root):
+    "A folder with data (two categories, eight images), settings, and a run of four steps that nobody disturbed."
+    folder = tmp_path_factory.mktemp('train')
+    for category in ('brick', 'leather'):
+        images = sorted((root/'sample_data'/category/'test').glob('*/*.jpg'))
+        good, bad = [p for p in images if p.parent.name == 'good'][:2], [p for p in images if p.parent.name != 'good'][:2]
+        for path in good + bad:
+            place = folder/'data'/path.relative_to(root/'sample_data'); place.parent.mkdir(parents=True, exist_ok=True); shutil.copy(path, place)
+    (folder/'settings.yaml').write_text(SETTINGS)
+    done = subprocess.run(command(folder, folder/'run'), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder/'said.txt').write_text(done.stderr)
+    return folder
+
+def command(made, out, *more, start=COMMAND, data='data'):
+    return [*start, '--method', 'cgro', '--data', str(made/data), '--config', str(made/'settings.yaml'), '--out', str(out), '--device', 'cpu', *map(str, more)]
+
+def here(capsys, made, out, *more, **options):
+    "Exit code and standard error of the command, in this process."
+    capsys.readouterr(); code = readl_train(command(made, out, *more, start=[], **options))
+    return code, capsys.readouterr().err
+
+def steps(out): return [{name: value for name, value in line.items() if name != 'seconds'} for line in read_metrics(out)]
+def said(out): return [(out/'completions'/f'completions_{n:05}.parquet').read_bytes() for n in range(1, 5)]
+def contents(folder): return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+def copy(made, tmp_path): return Path(shutil.copytree(made/'run', tmp_path/'run'))
+
+def test_a_whole_run_leaves_what_it_promises(made):
+    out, told = made/'run', (made/'said.txt').read_text()
+    lines = [json.loads(line) for line in (out/'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines] == [1, 2, 3, 4]
+    wanted = {'reward', 'reward/format', 'reward/accuracy', 'reward/consistency', 'reward/std', 'jaccard', 'kl', 'zero_variance_groups', 'clip_fraction', 'completion_length', 'malformed', 'loss'}
+    assert all(wanted <= line.keys() for line in lines) and all(math.isfinite(line['reward']) for line in lines)
+    assert sorted(p.name for p in out.iterdir()) == ['adapter', 'checkpoint-3', 'checkpoint-4', 'completions', 'metrics.jsonl', 'run.json']
+    assert sorted(p.name for p in (out/'adapter').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
+    assert json.loads((out/'adapter'/'adapter_config.json').read_text())['base_model_name_or_path'] == 'readl-tiny'
+    assert 'completion' in told and 'GiB' in told and told.count('step ') == 4
+
+def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path):
+    out = tmp_path/'run'
+    process = subprocess.Popen(command(made, out), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 200
+    while len(read_metrics(out)) < 2 and process.poll() is None and time.time() < deadline: time.sleep(.05)
+    process.kill(); process.wait()
+    assert not (out/'adapter').exists(), 'the training ended before it was killed'
+    done = subprocess.run(command(made, out), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'goes on from checkpoint-' in done.stderr
+    assert steps(out) == steps(made/'run') and said(out) == said(made/'run')
+    assert (out/'adapter'/'adapter_model.safetensors').read_bytes() == (made/'run'/'adapter'/'adapter_model.safetensors').read_bytes()
+
+def test_damaged_newest_checkpoint_the_one_before_is_used(made, tmp_path, capsys):
+    out = copy(made, tmp_path); file = out/'checkpoint-4'/'optimizer.pt'
+    content = bytearray(file.read_bytes()); content[len(content) // 2] ^= 1; file.write_bytes(content)
+    code, error = here(capsys, made, out)
+    assert code == 0 and 'checkpoint-4 is not used: optimizer.pt is damaged' in error and 'goes on from checkpoint-3' in error, error
+    assert steps(out) == steps(made/'run') and said(out) == said(made/'run')
+
+def test_full_disk_keeps_the_checkpoint_before(made, tmp_path):
+    out = copy(made, tmp_path); before = contents(out/'checkpoint-4')
+    small = [sys.executable, '-c', f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); {CODE}']   # the optimizer's file is larger
+    done = subprocess.run(command(made, out, '--max-steps', 5, start=small), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-3000:]
+    assert 'checkpoint-5 could not be saved' in done.stderr and 'checkpoint-4 is kept' in done.stderr
+    assert not (out/'checkpoint-5').exists() and contents(out/'checkpoint-4') == before and last_whole(out) == (out/'checkpoint-4', [])
+
+@pytest.mark.parametrize('harm, wrong', [(lambda f: (f/'complete.json').unlink(), 'unfinished'), (lambda f: (f/'complete.json').write_text('{'), 'complete.json is damaged'),
+    (lambda f: (f/'rng_state.pth').unlink(), 'rng_state.pth is missing'), (lambda f: (f/'adapter_model.safetensors').write_bytes(b''), 'adapter_model.safetensors is damaged')])
+def test_checkpoints_that_are_not_whole_are_known(made, tmp_path, harm, wrong):
+    out = copy(made, tmp_path); harm(out/'checkpoint-4')
+    assert wrong in damage(out/'checkpoint-4') and last_whole(out)[0] == out/'checkpoint-3'
+
+def test_finished_run_has_nothing_to_do(made, tmp_path, capsys):
+    out = copy(made, tmp_path); before = contents(out)
+    code, error = here(capsys, made, out)
+    assert code == 0 and 'nothing to do' in error
+    assert contents(out) == before
+
+def test_adapter_that_does_not_fit(made, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    out = copy(made, tmp_path); file = out/'checkpoint-4'/'adapter_model.safetensors'
+    save_file({name: weight[:8].contiguous() if 'lora_A' in name else weight for name, weight in load_file(file).items()}, file); seal(out/'checkpoint-4')
+    code, error = here(capsys, made, out, '--max-steps', 5)
+    assert code == 1 and 'its adapter does not fit the model' in error and error.count('\n') == 2, error   # what it goes on from, and why it cannot
+
+def test_unreadable_image_is_replaced_counted_and_named(made, tmp_path, capsys):
+    shutil.copytree(made/'data', tmp_path/'data'); shutil.copy(made/'settings.yaml', tmp_path)
+    bad = sorted((tmp_path/'data').glob('leather/test/good/*'))[-1]; bad.write_bytes(bad.read_bytes()[:999])
+    code, error = here(capsys, tmp_path, tmp_path/'run')
+    assert code == 0, error
+    assert [path for line in read_metrics(tmp_path/'run') for path in line['unreadable']] == [str(bad)]
+    assert '1 image could not be read' in error and bad.name in error
+
+def test_reward_that_is_not_a_number_stops_it(made, tmp_path, capsys, monkeypatch):
+    import readl_nb.rewards as rewards
+    right, calls = rewards.accuracy_reward, []
+    def broken(*arguments): calls.append(0); return right(*arguments) if len(calls) < 9 else math.nan   # 4 in the dry run, 4 in the first step
+    monkeypatch.setattr(rewards, 'accuracy_reward', broken)
+    code, error = here(capsys, made, tmp_path/'run')
+    assert code == 1 and 'the accuracy reward is nan at step 2' in error and 'Traceback' not in error, error
+    assert last_whole(tmp_path/'run')[0].name == 'checkpoint-1' and len(read_metrics(tmp_path/'run')) == 1
+
+def test_loss_that_is_not_a_number_stops_it(tmp_path):
+    from types import SimpleNamespace
+    from datasets import Dataset
+    from readl_nb.grpo import CGROConfig
+    from readl_nb.training import FittedImages, Recorder
+    data = Dataset.from_dict({'path': ['a'], 'label': [0]})
+    recorder = Recorder(tmp_path, CGROConfig(), data.with_transform(FittedImages(data, 28, 1)), print)
+    for name in ('loss', 'grad_norm'):
+        with pytest.raises(ValueError, match=f'the {name} is nan at step 3'): recorder.on_log(None, SimpleNamespace(global_step=3), None, logs={'loss': 0., name: math.nan})
+    assert not list(tmp_path.iterdir())
+
+def one_class(folder):
+    for kind in (folder/'data').glob('*/test/*'): kind.name == 'good' or shutil.rmtree(kind)
+def foreign(folder): (folder/'run').mkdir(); (folder/'run'/'notes.txt').write_text('mine')
+def a_file(folder): (folder/'run').write_text('mine')
+
+@pytest.mark.parametrize('change, more, sentence', [
+    (one_class, (), 'training needs both classes'), (foreign, (), "holds 'notes.txt' and no run"), (a_file, (), 'this is a file'),
+    ('learning_rte: 1', (), "no setting 'learning_rte'; did you mean 'learning_rate'"), ('real: {alhpa: 1}', (), "did you mean 'alpha'"), ('generations: 1', (), 'use 2 or more'),
+    ('generations: two', (), 'use a whole number'), ('- 3', (), 'no list of settings'), ('a: [', (), 'no YAML'), ('prompts_per_step: 100', (), 'fewer than the 100'),
+    ('micro_batch: 3', (), 'do not divide'), ('question: What is this?', (), 'defect'), ('', ('--categories', 'marble'), 'marble'), ('', ('--device', 'cuda:77'), 'is not there'), ('', ('--model', 'no/such/model'), 'no/such/model')])
+def test_bad_input_is_one_sentence_and_nothing_is_overwritten(made, tmp_path, capsys, change, more, sentence):
+    if callable(change): shutil.copytree(made/'data', tmp_path/'data'); shutil.copy(made/'settings.yaml', tmp_path); change(tmp_path)
+    else: (tmp_path/'data').symlink_to(made/'data'); (tmp_path/'settings.yaml').write_text(change if change in ('- 3', 'a: [') else SETTINGS + change + '\n')
+    before = contents(tmp_path)
+    code, error = here(capsys, tmp_path, tmp_path/'run', *more)
+    assert code == 1 and sentence in error and error.count('\n') == 1, error
+    assert contents(tmp_path) == before
+
+def test_folder_with_another_run(made, tmp_path, capsys):
+    out = copy(made, tmp_path); before = contents(out)
+    for more, first in ((('--seed', 5), 'seed is 0 there and 5 here'), (('--categories', 'brick'), 'images of the data is 8 there and 4 here'), (('--method', 'r1'), 'method is "cgro" there and "r1" here')):
+        code, error = here(capsys, made, out, *more)
+        assert code == 1 and 'holds another run' in error and first in error and error.count('\n') == 1, error
+    assert contents(out) == before
