@@ -173,7 +173,7 @@ def arguments(
     if completions % processes or share % batch:
         raise ValueError(f'{config.prompts_per_step} prompts x {config.generations} generations = {completions} completions a step do not divide among '
                          f'{processes} process(es) in micro-batches of {batch}: change prompts_per_step, generations or micro_batch')
-    vllm = dict(use_vllm=True, vllm_mode=config.vllm_mode) if config.use_vllm else {}
+    vllm = dict(use_vllm=True, vllm_mode=config.vllm_mode, vllm_max_model_length=config.max_new_tokens + 1024) if config.use_vllm else {}   # prompt and image: below 1024 tokens
     return GRPOConfig(**{**dict(
         output_dir=str(out), loss_type='grpo', importance_sampling_level='token', scale_rewards='group', num_iterations=1,
         beta=config.beta, epsilon=config.epsilon, num_generations=config.generations, temperature=config.temperature, top_p=1., top_k=0,

@@ -70,6 +70,7 @@ def typed(
     if isinstance(default, tuple) and not (isinstance(value, tuple) and all(type(v) is str for v in value)): raise ValueError(f'{where} is {shown}; use a list of words')
     return value
 
+# %% ../nbs/08d_training.ipynb #c007
 def chosen(
     values,       # from a file; untrusted
     kind,         # CGROConfig or ReALConfig
@@ -100,7 +101,7 @@ def read_settings(
         raise ValueError(f"{name}{'' if line is None else f', line {line + 1}'}: this is no YAML; write one `name: value` a line") from None
     return chosen({} if values is None else values, CGROConfig, name)
 
-# %% ../nbs/08d_training.ipynb #c010
+# %% ../nbs/08d_training.ipynb #c011
 class FittedImages(LazyImages):
     "Reads pictures as `LazyImages` does, at the model's size, and keeps the last few: a group of G asks for the same picture G times."
     def __init__(
@@ -121,7 +122,7 @@ class FittedImages(LazyImages):
         self.kept.move_to_end(path)
         return self.kept[path]
 
-# %% ../nbs/08d_training.ipynb #c011
+# %% ../nbs/08d_training.ipynb #c012
 def training_data(
     data,                 # a folder or 'elpv', as `labelled` takes it, or what `labelled` gave
     config=CGROConfig(),
@@ -130,6 +131,8 @@ def training_data(
     """The images as the trainer wants them: columns path, label, category, defect, prompt, and image, read on access.
 
     Raises `ValueError`, one line, when a class is missing or there are fewer images than one step asks for."""
+    if isinstance(data, Dataset) and any(value is not None for value in selection.values()):
+        raise ValueError(f"{' and '.join(selection)} choose among the images of a folder; filter the Dataset itself")
     rows = data.with_format(None) if isinstance(data, Dataset) else labelled(data, **selection)
     check_classes(rows)
     if len(rows) < config.prompts_per_step:
@@ -138,7 +141,7 @@ def training_data(
     rows = rows.add_column('prompt', [conversation(config)] * len(rows))
     return rows.add_column('image', list(rows['path'])).with_transform(FittedImages(rows, config.image_size, 4 * config.prompts_per_step))
 
-# %% ../nbs/08d_training.ipynb #c015
+# %% ../nbs/08d_training.ipynb #c016
 class Order(torch.utils.data.Sampler):
     "The place of an image for each completion: shuffled passes one behind the other, as many steps as are asked for, each prompt G times."
     def __init__(
@@ -157,7 +160,7 @@ class Order(torch.utils.data.Sampler):
             step, line = line[:self.config.prompts_per_step], line[self.config.prompts_per_step:]
             for _ in range(self.repeats): yield from (place for place in step for _ in range(self.config.generations))
 
-# %% ../nbs/08d_training.ipynb #c019
+# %% ../nbs/08d_training.ipynb #c020
 RECORD, METRICS, ADAPTER, SEAL = 'run.json', 'metrics.jsonl', 'adapter', 'complete.json'
 FREE = ('max_steps', 'save_steps')   # may change while a run goes on
 
@@ -185,7 +188,7 @@ def record_of(
                   config=asdict(config), processes=processes, versions={name: installed(name) for name in packages})
     return json.loads(json.dumps(record))
 
-# %% ../nbs/08d_training.ipynb #c020
+# %% ../nbs/08d_training.ipynb #c021
 def difference(
     here: dict,    # the record of the run that is to begin
     there: dict,   # the record in the folder
@@ -219,7 +222,7 @@ def check_run_folder(
     begun = (out/METRICS).exists() and (out/METRICS).stat().st_size or (out/ADAPTER).exists() or any(out.glob('checkpoint-*'))
     if differs and begun: raise ValueError(f'{name}: it holds another run: {differs}; {mend} or take its settings')
 
-# %% ../nbs/08d_training.ipynb #c024
+# %% ../nbs/08d_training.ipynb #c025
 def digest(path):
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
@@ -245,7 +248,7 @@ def damage(
         if path.stat().st_size != file['bytes'] or digest(path) != file['sha256']: return f'{show_name(name)} is damaged'
     return ''
 
-# %% ../nbs/08d_training.ipynb #c025
+# %% ../nbs/08d_training.ipynb #c026
 def step_of(checkpoint) -> int: return int(Path(checkpoint).name.rpartition('-')[2])
 
 def checkpoints(
@@ -265,7 +268,7 @@ def last_whole(
         broken.append((folder, wrong))
     return None, broken
 
-# %% ../nbs/08d_training.ipynb #c027
+# %% ../nbs/08d_training.ipynb #c028
 def check_adapter(
     trainer,      # about to go on
     checkpoint,   # whose adapter it will take
@@ -280,7 +283,7 @@ def check_adapter(
             raise ValueError(f'{show_name(checkpoint)}: its adapter does not fit the model: {name} is {there.get(name, "not there")} and should be '
                              f'{here.get(name, "absent")}; give the model that the run began with')
 
-# %% ../nbs/08d_training.ipynb #c029
+# %% ../nbs/08d_training.ipynb #c030
 NAMES = {'reward': 'reward', 'reward/std': 'reward_std'}
 for part in ('format', 'accuracy', 'consistency'): NAMES |= {f'reward/{part}': f'rewards/{part}/mean', f'reward/{part}/std': f'rewards/{part}/std'}
 NAMES |= {name: name for name in ('jaccard', 'jaccard/anomalous', 'jaccard/normal', 'kl')}
@@ -321,7 +324,7 @@ def rewind(
         number = path.stem.rpartition('_')[2]
         if number.isdigit() and int(number) > step: path.unlink()
 
-# %% ../nbs/08d_training.ipynb #c032
+# %% ../nbs/08d_training.ipynb #c033
 WINDOW = 10   # steps without any difference after which it is said
 
 def flat(
@@ -339,7 +342,7 @@ def flat(
     causes.append(f'the temperature {config.temperature:g} is too low for the answers of a group to differ (raise it)')
     return f"all rewards of every group were equal for {len(lines)} step{'s' * (len(lines) > 1)}, so nothing is learnt; likely causes: {'; '.join(causes)}"
 
-# %% ../nbs/08d_training.ipynb #c035
+# %% ../nbs/08d_training.ipynb #c036
 def clock(seconds) -> str: return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 
 def one_step(
@@ -353,6 +356,7 @@ def one_step(
     return (f"step {line['step']}/{steps}, {clock(left)} left: reward {number('reward')}±{number('reward/std')} ({', '.join(parts)}), J {number('jaccard')}, equal groups {number('zero_variance_groups', '.0%')}, "
             f"clipped {number('clip_fraction', '.1%')}, KL {number('kl', '.4f')}, length {number('completion_length', '.0f')}, malformed {number('malformed', '.0%')}, loss {number('loss', '.4f')}")
 
+# %% ../nbs/08d_training.ipynb #c037
 class Recorder(TrainerCallback):
     "Writes metrics.jsonl, shows progress, seals checkpoints, and stops a training that has lost its numbers."
     def __init__(self, out, config, dataset, say, progress=True):
@@ -391,7 +395,7 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/08d_training.ipynb #c037
+# %% ../nbs/08d_training.ipynb #c039
 class Checked:
     "A reward function that refuses to give anything but finite numbers."
     def __init__(self,
@@ -410,7 +414,7 @@ class Checked:
             for name in self.columns: log_extra(name, list(inputs[name]))
         return values
 
-# %% ../nbs/08d_training.ipynb #c039
+# %% ../nbs/08d_training.ipynb #c041
 @contextmanager
 def quiet():
     "Leaves out warnings that are none of the user's business inside the block."
@@ -419,7 +423,7 @@ def quiet():
         warnings.filterwarnings('ignore', message='.*stands in')     # unreadable images: `Recorder` says it, once for all processes
         yield
 
-# %% ../nbs/08d_training.ipynb #c040
+# %% ../nbs/08d_training.ipynb #c042
 def trainer_for(
     vlm: VLM,
     dataset: Dataset,
@@ -438,7 +442,7 @@ def trainer_for(
     trainer.create_model_card = lambda *_, **__: None   # a page of advertisement with local paths
     return trainer
 
-# %% ../nbs/08d_training.ipynb #c042
+# %% ../nbs/08d_training.ipynb #c044
 @dataclass(frozen=True)
 class Preflight:
     "What was found before a training."
@@ -466,7 +470,7 @@ def shortened(text, limit=72):
     text = one_line(' '.join(text.split()), 10_000)
     return text if len(text) <= limit else f'{text[:limit - 25]} ... {text[-20:]}'
 
-# %% ../nbs/08d_training.ipynb #c043
+# %% ../nbs/08d_training.ipynb #c045
 def dry_run(
     vlm: VLM,           # the model that is to be trained
     dataset: Dataset,   # from `training_data`
@@ -488,7 +492,7 @@ def dry_run(
     return [dict(label=s['label'], completion=r.text, jaccard=finite(extra.get('jaccard', [None] * len(samples))[n]), path=s['path'], **{name: values[n] for name, values in given.items()})
             for n, (s, r) in enumerate(zip(samples, responses))]
 
-# %% ../nbs/08d_training.ipynb #c044
+# %% ../nbs/08d_training.ipynb #c046
 def free_memory(
     device,   # a torch device
 ) -> float:
@@ -513,6 +517,7 @@ def needed_disk(
     completions = config.max_steps * config.prompts_per_step * config.generations * (4 * config.max_new_tokens + 500)
     return (3 * weights * 4 * 3 + weights * 4 + completions) / 2**30
 
+# %% ../nbs/08d_training.ipynb #c047
 def preflight(
     trainer,            # from `build_trainer`
     vlm: VLM,
@@ -534,7 +539,7 @@ def preflight(
     rows = dry_run(replace(vlm, model=trainer.model), dataset, trainer.reward_funcs, config) if dry else []
     return Preflight(tuple(rows), memory or {}, free, disk, needed)
 
-# %% ../nbs/08d_training.ipynb #c048
+# %% ../nbs/08d_training.ipynb #c051
 def speaker(
     main: bool,   # only the main process speaks
 ):
@@ -544,7 +549,7 @@ def speaker(
         with tqdm.external_write_mode(file=sys.stderr): print(f'readl_train: {text}', file=sys.stderr, flush=True)
     return say
 
-# %% ../nbs/08d_training.ipynb #c049
+# %% ../nbs/08d_training.ipynb #c052
 def newer(adapter, checkpoint) -> bool:
     "Whether the adapter is that of the checkpoint."
     file = Path(adapter)/'adapter_model.safetensors'
@@ -568,7 +573,7 @@ def save_adapter(
     shutil.rmtree(old, ignore_errors=True)
     return done
 
-# %% ../nbs/08d_training.ipynb #c050
+# %% ../nbs/08d_training.ipynb #c053
 def go(
     trainer,
     out,
@@ -588,7 +593,7 @@ def go(
         kept = f'{left[-1].name} is kept' if left else 'no checkpoint was written before'
         raise ValueError(f'{show_name(out)}: {what} ({one_line(" ".join(str(error).split()), 120)}); {kept}: make room on the disk and start the same training again') from None
 
-# %% ../nbs/08d_training.ipynb #c051
+# %% ../nbs/08d_training.ipynb #c054
 def open_run(
     out: Path,      # folder of the run
     record: dict,   # of the run
@@ -619,7 +624,7 @@ def closing(
     named = sorted({path for line in lines for path in line['unreadable']})
     if named: say(f"{len(named)} image{'s' * (len(named) > 1)} could not be read and another of the same label stood in: {', '.join(map(show_name, named[:20]))}" + ' ...' * (len(named) > 20))
 
-# %% ../nbs/08d_training.ipynb #c052
+# %% ../nbs/08d_training.ipynb #c055
 def run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progress, more) -> None:
     "Nothing; checks and trains from `checkpoint` or from the beginning."
     recorder = Recorder(out, config, dataset, say, progress)
@@ -632,17 +637,18 @@ def run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progre
     go(trainer, out, checkpoint)
     if PartialState().is_main_process: closing(out, config, say)
 
-# %% ../nbs/08d_training.ipynb #c053
+# %% ../nbs/08d_training.ipynb #c056
 def device_of(
     device: str | None,   # as the user gave it
 ) -> torch.device:
     "The device of this process. Raises `ValueError`, one line, for one that is not there."
     gpu = torch.cuda.is_available()
-    try: found = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else 'cpu')); torch.empty(0, device=found)
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else 'cpu'
+    try: found = torch.device(own if device in (None, 'cuda') and gpu else device or own); torch.empty(0, device=found)
     except (RuntimeError, AssertionError): raise ValueError(f"device {one_line(device, 60)!r} is not there; use {'cuda or ' * gpu}cpu") from None
     return found
 
-# %% ../nbs/08d_training.ipynb #c054
+# %% ../nbs/08d_training.ipynb #c057
 @quiet()
 def train(
     data,                      # a folder or 'elpv', as `labelled` takes it, or what `labelled` gave

@@ -147,3 +147,15 @@ def test_folder_with_another_run(made, tmp_path, capsys):
         code, error = here(capsys, made, out, *more)
         assert code == 1 and 'holds another run' in error and first in error and error.count('\n') == 1, error
     assert contents(out) == before
+
+def test_interrupted_it_says_how_to_go_on(made, tmp_path, capsys, monkeypatch):
+    import readl_nb.training as training
+    def interrupted(*_, **__): raise KeyboardInterrupt
+    monkeypatch.setattr(training, 'go', interrupted)
+    code, error = here(capsys, made, tmp_path/'run')
+    assert code == 130 and 'the same command goes on from the last checkpoint' in error
+
+def test_wrong_usage_ends_with_2(capsys):
+    for wrong in ([], ['--method', 'ppo', '--data', 'd', '--out', 'o'], ['--method', 'r1', '--data', 'd'], ['--method', 'r1', '--data', 'd', '--out', 'o', '--max-steps', '0']):
+        with pytest.raises(SystemExit) as stop: readl_train(wrong)
+        assert stop.value.code == 2 and 'usage: readl_train' in capsys.readouterr().err
