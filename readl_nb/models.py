@@ -9,7 +9,7 @@ __all__ = ['QUESTION', 'SYSTEM', 'EMBEDDED', 'ADAPTERS', 'PROBLEMS', 'Prompt', '
            'generate', 'respond']
 
 # %% ../nbs/02_models.ipynb #c003
-import importlib.util, re
+import importlib.util, re, warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import (AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, LogitsProcessor, LogitsProcessorList, PreTrainedConfig,
                           Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor)
 
-# %% ../nbs/02_models.ipynb #c006
+# %% ../nbs/02_models.ipynb #c007
 QUESTION = 'Are there any defects or anomalies in the image?'  # ReADL, section 3
 SYSTEM = 'You inspect images. First reason inside <think> </think>, then answer Yes or No inside <answer> </answer>.'
 
@@ -37,7 +37,7 @@ class Prompt:
         content = [{'type': 'image'}] * self.images + [{'type': 'text', 'text': self.question}]
         return [{'role': 'system', 'content': [{'type': 'text', 'text': self.system}]}, {'role': 'user', 'content': content}]
 
-# %% ../nbs/02_models.ipynb #c009
+# %% ../nbs/02_models.ipynb #c010
 class ImageProcessorOnly(Qwen2_5_VLProcessor):
     "Qwen2.5-VL's processor without its video half, for environments without torchvision"
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
@@ -60,7 +60,7 @@ def load_processor(path:str # folder or hub name
     processor.tokenizer.padding_side = 'left'
     return processor
 
-# %% ../nbs/02_models.ipynb #c010
+# %% ../nbs/02_models.ipynb #c011
 EMBEDDED = 'readl-tiny'
 ADAPTERS = 'readl-tiny-r1', 'readl-tiny-cgro' # trained in ablations/table2, for the embedded model
 
@@ -90,7 +90,7 @@ def adapter_path(name:str) -> str: # a folder for the adapters of this package, 
     "Where an adapter is: `readl-tiny-r1` and `readl-tiny-cgro` are folders of this package"
     return str(Path(__file__).parent / 'adapters' / name) if name in ADAPTERS else str(name)
 
-# %% ../nbs/02_models.ipynb #c012
+# %% ../nbs/02_models.ipynb #c013
 def _first_line(error): return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 def _check_is_qwen(name, path):
@@ -126,11 +126,13 @@ def _with_adapter(model, adapter):
         folder = adapter_path(adapter)
         if not Path(folder).is_dir(): folder = snapshot_download(adapter, allow_patterns=['*.json', '*.safetensors'])
         if not (Path(folder) / 'adapter_model.safetensors').is_file(): raise ValueError('it holds no adapter_model.safetensors')
-        return PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning) # PEFT's own question to transformers
+            return PeftModel.from_pretrained(model, folder)
     except Exception as error: # whatever is wrong with the files
         raise ValueError(f'cannot load adapter {adapter!r}: {_first_line(error)}: give a folder saved by PEFT for this model, as safetensors') from None
 
-# %% ../nbs/02_models.ipynb #c015
+# %% ../nbs/02_models.ipynb #c016
 def fitted(image:Image.Image, size:int|None) -> Image.Image:
     "The image as RGB, resized to a square of `size` pixels (ReADL, 5.1), or at its own shape when that is None"
     return image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC) if size else image.convert('RGB')
@@ -158,7 +160,7 @@ def _with_completions(batch, completions, pad):
     batch['attention_mask'] = left([[1] * len(row) for row in rows], 0)
     return batch
 
-# %% ../nbs/02_models.ipynb #c020
+# %% ../nbs/02_models.ipynb #c021
 PROBLEMS = ('', 'truncated at the token limit', 'repeated tags', 'no <think>', 'no </think>', 'empty reasoning', 'no <answer>', 'no </answer>',
             'answer is not Yes or No', 'text outside the tags')
 _TAGS = '<think>', '</think>', '<answer>', '</answer>'
@@ -202,7 +204,7 @@ def parse_response(text:str, # what the model wrote; untrusted
     answer = found[1].capitalize() if found else None
     return Parsed(think, answer, span, found.start(1) if found else None, _problem(text, think, answer, truncated))
 
-# %% ../nbs/02_models.ipynb #c024
+# %% ../nbs/02_models.ipynb #c025
 def decode(tokenizer, ids) -> str:
     "The text of token ids, exactly: special tokens shown, spaces untouched"
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -218,7 +220,7 @@ def token_spans(tokenizer, # of the model
         end = max(end, start); spans.append((start, end)); start = end
     return spans
 
-# %% ../nbs/02_models.ipynb #c027
+# %% ../nbs/02_models.ipynb #c028
 @lru_cache(maxsize=8)
 def _spellings(tokenizer, word):
     "Ids of the single tokens that write `word` in any case, after a space or a sign such as '>' or bare"
@@ -256,7 +258,7 @@ class Response:
         note = f' <i>({escape(self.problem)})</i>' if self.problem else ''
         return f'<p><b>{escape(str(self.answer))}</b>{sure}{note}<br>{escape(self.think or self.text)}</p>'
 
-# %% ../nbs/02_models.ipynb #c028
+# %% ../nbs/02_models.ipynb #c029
 def vision_token_ids(config) -> list[int]: # of a Qwen2.5-VL
     "Ids that stand for pictures; never to be written by the model"
     return [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
@@ -293,7 +295,7 @@ def generate(vlm:VLM, batch:BatchFeature, # from `prepare`
     new, differences = ids[:, batch['input_ids'].shape[1]:].tolist(), torch.stack(logits.steps, 1)
     return [as_response(vlm.tokenizer, row, end_token_ids(vlm), d) for row, d in zip(new, differences)]
 
-# %% ../nbs/02_models.ipynb #c029
+# %% ../nbs/02_models.ipynb #c030
 def respond(vlm:VLM,
             images:list, # PIL images (or lists of them, see `prepare`)
             prompt:Prompt=Prompt(),
