@@ -23,6 +23,7 @@ from .grpo import CGROConfig, build_trainer, conversation
 from .inspection import Failure, Inspection, inspect_images
 from .models import EMBEDDED, VLM, load_processor, load_vlm, model_path, prepare, vision_token_ids
 from .samples import generate_sample
+from .scaling import SHAPES as PUBLISHED
 from .scoring import spatial_entropy, spatial_entropy_naive
 
 # %% ../nbs/16_benchmarks.ipynb #c007
@@ -131,11 +132,7 @@ def told(result):
     return '\n'.join([verdict(result), *lines_of(result, '  ')])
 
 # %% ../nbs/16_benchmarks.ipynb #c023
-QWEN_7B = dict(
-    text=dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-              max_position_embeddings=128000, rms_norm_eps=1e-6, rope_parameters=dict(rope_type='default', rope_theta=1e6, mrope_section=[16, 24, 24])),
-    vision=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, patch_size=14, spatial_merge_size=2,
-                window_size=112, fullatt_block_indexes=[7, 15, 23, 31]))
+QWEN_7B = dict(text=PUBLISHED['7b']['text_config'], vision=PUBLISHED['7b']['vision_config'])
 SMALL = dict(
     text=dict(vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
               max_position_embeddings=8192, rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[2, 3, 3])),

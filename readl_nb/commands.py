@@ -183,7 +183,7 @@ def train_parser() -> argparse.ArgumentParser:
     add('--split', nargs='+', metavar='S', help='only these splits, as train')
     add('--categories', nargs='+', metavar='C', help='only these categories')
     add('--defects', nargs='+', metavar='K', help='only these kinds of defects; normal images are always kept')
-    add('--device', metavar='D', help='cpu, cuda, cuda:1 (default: the GPU when there is one)')
+    add('--device', metavar='D', help='cpu or cuda (default: the GPU when there is one; CUDA_VISIBLE_DEVICES=N chooses among several)')
     return parser
 
 # %% ../nbs/14_commands.ipynb #c029
@@ -192,8 +192,9 @@ def train_config(
 ):
     "The `CGROConfig`: the file's settings, and over them those of the command line. Raises `ValueError`, one line."
     from readl_nb.grpo import CGROConfig
+    from readl_nb.scaling import launch_file
     from readl_nb.training import read_settings
-    file = options.config or ('readl_tiny' if options.model == 'readl-tiny' else None)
+    file = options.config or (launch_file('readl_tiny') if options.model == 'readl-tiny' else None)
     given = {name: getattr(options, name) for name in ('method', 'max_steps', 'save_steps', 'seed')}
     settings = read_settings(file) if file else {}
     try: return CGROConfig(**settings | {name: value for name, value in given.items() if value is not None})
@@ -205,12 +206,13 @@ def readl_train(
 ) -> int:
     "Exit code of the command `readl_train`: 0 when the training ended, 1 when it could not, 130 when it was interrupted; wrong usage exits with 2."
     options = train_parser().parse_args(arguments)
-    main = os.environ.get('RANK', '0') == '0'   # of several processes one speaks
+    rank = os.environ.get('RANK', '0')   # of several processes the first speaks, and each that fails
+    main, who = rank == '0', '' if rank == '0' else f'process {rank}: '
     try:
         quiet_transformers()
         from readl_nb.training import train
         adapter = train(options.data, options.out, train_config(options), options.model, options.device, split=options.split, categories=options.categories, defects=options.defects)
     except KeyboardInterrupt: main and say(f'interrupted; the same command goes on from the last checkpoint in {options.out}', 'readl_train'); return 130
-    except (AssertionError, OSError, RuntimeError, ValueError) as error: main and say(' '.join(str(error).split())[:500], 'readl_train'); return 1
+    except (AssertionError, OSError, RuntimeError, ValueError) as error: say(who + ' '.join(str(error).split())[:500], 'readl_train'); return 1
     if main: say(f'the adapter is in {adapter}', 'readl_train')
     return 0

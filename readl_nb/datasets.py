@@ -18,7 +18,6 @@ from io import StringIO
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
-from PIL import Image
 
 from .images import MAX_PIXELS, BadImage, one_line, read_image, show_name, walk
 

@@ -138,6 +138,10 @@ class Evidence:
         model.generate = MethodType(watched, model)
         return self
 
+    def read(self, ids) -> Response:
+        "What the token ids of one completion say."
+        return as_response(self.vlm.tokenizer, list(ids), self.ends)
+
     def places(self, inputs):
         "Where image and anomaly words stand in the prompts: padded positions [B, C], and a `Layout` for each prompt."
         B, known = len(inputs['input_ids']), {}
@@ -150,7 +154,7 @@ def _look(self, images, completion_ids) -> list[TokenAttention]:
     vlm, real = self.vlm, self.config.real
     # the last token of a completion cut off at the limit was never read by the model: it has no attention
     completion_ids = [list(ids) if ids and ids[-1] in self.ends else list(ids[:-1]) for ids in completion_ids]
-    responses = [as_response(vlm.tokenizer, ids, self.ends) for ids in completion_ids]
+    responses = [self.read(ids) for ids in completion_ids]
     (written, layouts, rows), self.kept = self.kept or ((), (), ()), None
     if len(written) == len(responses) and all(tuple(w[:len(r.token_ids)]) == r.token_ids for w, r in zip(written, responses)):
         return [seen_by(vlm, *each, real, self.prompt) for each in zip(images, responses, layouts, rows)]
@@ -173,7 +177,7 @@ def arguments(
     if completions % processes or share % batch:
         raise ValueError(f'{config.prompts_per_step} prompts x {config.generations} generations = {completions} completions a step do not divide among '
                          f'{processes} process(es) in micro-batches of {batch}: change prompts_per_step, generations or micro_batch')
-    vllm = dict(use_vllm=True, vllm_mode=config.vllm_mode, vllm_max_model_length=config.max_new_tokens + 1024) if config.use_vllm else {}   # prompt and image: below 1024 tokens
+    vllm = dict(use_vllm=True, vllm_mode=config.vllm_mode, vllm_max_model_length=config.max_new_tokens + (config.image_size // 28)**2 + 800) if config.use_vllm else {}   # image, prompt, response
     return GRPOConfig(**{**dict(
         output_dir=str(out), loss_type='grpo', importance_sampling_level='token', scale_rewards='group', num_iterations=1,
         beta=config.beta, epsilon=config.epsilon, num_generations=config.generations, temperature=config.temperature, top_p=1., top_k=0,
@@ -195,10 +199,9 @@ def rewards_of(
     evidence: Evidence,   # for `cgro`
 ) -> list:
     "The reward functions of a method: format and accuracy; consistency too for `cgro`."
-    ends = evidence.ends
-    parts = [FormatReward(ends), AccuracyReward(ends)]
+    parts = [FormatReward(evidence.read), AccuracyReward(evidence.read)]
     if config.method == 'cgro':
-        parts.append(ConsistencyReward(evidence, config.real, ends, k=config.k, delta1=config.delta1, delta2=config.delta2,
+        parts.append(ConsistencyReward(evidence, config.real, evidence.read, k=config.k, delta1=config.delta1, delta2=config.delta2,
                                        percentile=config.percentile, soft=config.soft, pairwise=config.pairwise))
     return parts
 
