@@ -3,7 +3,7 @@ import json, math, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest
 from readl_nb.commands import readl_train
-from readl_nb.training import damage, last_whole, read_metrics, seal
+from readl_nb.training import checkpoints, damage, last_whole, read_metrics, seal
 
 CODE = 'import sys; from readl_nb.commands import readl_train; sys.exit(readl_train())'
 COMMAND = [sys.executable, '-c', CODE]
@@ -43,21 +43,37 @@ def test_a_whole_run_leaves_what_it_promises(made):
     assert [line['step'] for line in lines] == [1, 2, 3, 4]
     wanted = {'reward', 'reward/format', 'reward/accuracy', 'reward/consistency', 'reward/std', 'jaccard', 'kl', 'zero_variance_groups', 'clip_fraction', 'completion_length', 'malformed', 'loss'}
     assert all(wanted <= line.keys() for line in lines) and all(math.isfinite(line['reward']) for line in lines)
-    assert sorted(p.name for p in out.iterdir()) == ['adapter', 'checkpoint-3', 'checkpoint-4', 'completions', 'metrics.jsonl', 'run.json']
+    assert sorted(p.name for p in out.iterdir() if p.name != 'runs') == ['adapter', 'checkpoint-3', 'checkpoint-4', 'completions', 'metrics.jsonl', 'run.json']   # runs is TensorBoard's
     assert sorted(p.name for p in (out/'adapter').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
     assert json.loads((out/'adapter'/'adapter_config.json').read_text())['base_model_name_or_path'] == 'readl-tiny'
     assert 'completion' in told and 'GiB' in told and told.count('step ') == 4
 
-def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path):
+def test_tensorboard_shows_the_run_where_it_is_installed(made):
+    pytest.importorskip('tensorboard')
+    assert list((made/'run').rglob('events.out.tfevents*'))
+
+# A checkpoint takes milliseconds; here its second half never comes.
+HALF = f"""
+import time, transformers
+whole = transformers.Trainer._save_rng_state
+def half(self, folder): time.sleep(600) if self.state.global_step == 2 else whole(self, folder)
+transformers.Trainer._save_rng_state = half
+{CODE}"""
+half_a_checkpoint = lambda out: any((out/'checkpoint-2').glob('optimizer.pt'))
+
+@pytest.mark.parametrize('code, moment, sentence', [
+    (CODE, lambda out: (out/'run.json').exists(), None), (CODE, lambda out: len(read_metrics(out)) >= 2, 'goes on from checkpoint-'),
+    (HALF, half_a_checkpoint, 'checkpoint-2 is not used: it is unfinished; it is removed and the run goes on from checkpoint-1')], ids=['before a checkpoint', 'after line 2', 'within a checkpoint'])
+def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path, capsys, code, moment, sentence):
     out = tmp_path/'run'
-    process = subprocess.Popen(command(made, out), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(made, out, '--max-steps', 400, start=[sys.executable, '-c', code]), stderr=subprocess.DEVNULL)   # longer than anyone waits
     deadline = time.time() + 200
-    while len(read_metrics(out)) < 2 and process.poll() is None and time.time() < deadline: time.sleep(.05)
-    process.kill(); process.wait()
-    assert not (out/'adapter').exists(), 'the training ended before it was killed'
-    done = subprocess.run(command(made, out), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert 'goes on from checkpoint-' in done.stderr
+    while not moment(out) and process.poll() is None and time.time() < deadline: time.sleep(.02)
+    process.kill(); killed = process.wait() == -9
+    assert killed and moment(out) and len(read_metrics(out)) < 4, 'it was not killed at the moment that was meant'
+    assert sentence or not checkpoints(out)
+    status, error = here(capsys, made, out)
+    assert status == 0 and (sentence in error if sentence else 'checkpoint' not in error), error
     assert steps(out) == steps(made/'run') and said(out) == said(made/'run')
     assert (out/'adapter'/'adapter_model.safetensors').read_bytes() == (made/'run'/'adapter'/'adapter_model.safetensors').read_bytes()
 
@@ -67,6 +83,14 @@ def test_damaged_newest_checkpoint_the_one_before_is_used(made, tmp_path, capsys
     code, error = here(capsys, made, out)
     assert code == 0 and 'checkpoint-4 is not used: optimizer.pt is damaged' in error and 'goes on from checkpoint-3' in error, error
     assert steps(out) == steps(made/'run') and said(out) == said(made/'run')
+
+def test_only_damaged_checkpoints_nothing_is_thrown_away(made, tmp_path, capsys):
+    out = copy(made, tmp_path)
+    (out/'checkpoint-4'/'complete.json').unlink(); (out/'checkpoint-3'/'optimizer.pt').write_bytes(b'')
+    before = contents(out)
+    code, error = here(capsys, made, out)
+    assert code == 1 and 'no checkpoint is whole (checkpoint-3: optimizer.pt is damaged); move them away' in error and error.count('\n') == 1, error
+    assert contents(out) == before
 
 def test_full_disk_keeps_the_checkpoint_before(made, tmp_path):
     out = copy(made, tmp_path); before = contents(out/'checkpoint-4')
@@ -116,9 +140,9 @@ def test_loss_that_is_not_a_number_stops_it(tmp_path):
     from types import SimpleNamespace
     from datasets import Dataset
     from readl_nb.grpo import CGROConfig
-    from readl_nb.training import FittedImages, Recorder
+    from readl_nb.training import FittedImages, RunRecorder
     data = Dataset.from_dict({'path': ['a'], 'label': [0]})
-    recorder = Recorder(tmp_path, CGROConfig(), data.with_transform(FittedImages(data, 28, 1)), print)
+    recorder = RunRecorder(tmp_path, CGROConfig(), data.with_transform(FittedImages(data, 28, 1)), print)
     for name in ('loss', 'grad_norm'):
         with pytest.raises(ValueError, match=f'the {name} is nan at step 3'): recorder.on_log(None, SimpleNamespace(global_step=3), None, logs={'loss': 0., name: math.nan})
     assert not list(tmp_path.iterdir())

@@ -17,11 +17,17 @@ max_steps: {STEPS}
 save_steps: {STEPS}
 '''
 
-# The command, and beside it what each process was asked to reward: which image, which tokens, what it gave.
+# The command, and beside it what each process was asked to reward: which image, which tokens, what it gave. And the random state with which it began to write.
 RECORDING = '''
-import json, os, sys
+import hashlib, json, os, sys
+import torch, transformers
 from readl_nb import commands, rewards
-notes = open(os.path.join(os.environ['NOTES'], os.environ.get('RANK', '0') + '.jsonl'), 'w')
+notes, states = (open(os.path.join(os.environ['NOTES'], os.environ.get('RANK', '0') + end), 'w') for end in ('.jsonl', '.states'))
+generate = transformers.GenerationMixin.generate
+def watched(*arguments, **options):
+    print(hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(), file=states, flush=True)
+    return generate(*arguments, **options)
+transformers.GenerationMixin.generate = watched
 reward = rewards.ConsistencyReward.__call__
 def noted(self, completion_ids, path, label, trainer_state=None, log_extra=None, **inputs):
     extra = {}
@@ -46,7 +52,7 @@ def launch(folder, name, starter, data):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    "name -> folder of the run, what its processes rewarded: {rank: lines}. One run on two processes, one on one."
+    "name -> folder of the run, what its processes rewarded: {rank: lines}, their random states: {rank: lines}. One run on two processes, one on one."
     from readl_nb.samples import CATEGORIES, DEFECTS, generate_sample
     folder = tmp_path_factory.mktemp('two'); data = folder/'data'
     for n in range(12):
@@ -59,11 +65,12 @@ def runs(tmp_path_factory):
     for name, starter in (('two', accelerate), ('one', [sys.executable])):
         process, out, notes = launch(folder, name, starter, data)
         assert process.wait(300) == 0, (folder/f'{name}.log').read_text()[-4000:]
-        found[name] = out, {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(notes.glob('*.jsonl'))}
+        lines = {path: path.read_text().splitlines() for path in sorted(notes.iterdir())}
+        found[name] = out, {path.stem: [json.loads(line) for line in rows] for path, rows in lines.items() if path.suffix == '.jsonl'}, {path.stem: rows for path, rows in lines.items() if path.suffix == '.states'}
     return found
 
 def test_each_process_has_its_share_and_no_sample_is_lost(runs):
-    (_, two), (_, one) = runs['two'], runs['one']
+    (_, two, _), (_, one, _) = runs['two'], runs['one']
     assert list(two) == ['0', '1'] and list(one) == ['0']
     for step in range(1, STEPS + 1):
         shares = [[line for line in lines if line['step'] == step] for lines in two.values()]
@@ -73,9 +80,12 @@ def test_each_process_has_its_share_and_no_sample_is_lost(runs):
         assert sorted(together.values()) == [G] * PROMPTS, 'an image is there more or less often than its group is large'
     assert len({line['path'] for line in one['0']}) == STEPS * PROMPTS, 'no image comes twice before all were there'
 
-def test_completions_of_two_processes_differ(runs):
-    first, second = ([tuple(line['ids']) for line in lines] for lines in runs['two'][1].values())
-    assert first != second and len(set(first + second)) > len(set(first))
+def test_processes_draw_different_random_numbers(runs):
+    "With equal ones the groups of the two processes would be copies of each other wherever the image is the same."
+    first, second = runs['two'][2].values()
+    assert len(first) == len(second) == 1 + STEPS
+    assert first[0] == second[0], 'the dry run is that of one process, and every process takes part'
+    assert not set(first[1:]) & set(second[1:]), 'two processes sample with the same random numbers'
 
 def test_rewards_are_those_that_one_process_gives(runs):
     from readl_nb.attention import capture
@@ -83,7 +93,7 @@ def test_rewards_are_those_that_one_process_gives(runs):
     from readl_nb.inspection import score_tokens
     from readl_nb.models import as_response, end_token_ids, load_vlm
     from readl_nb.rewards import accuracy_reward, consistency_reward, format_reward
-    out, noted = runs['two']
+    out, noted, _ = runs['two']
     lines = [line for share in noted.values() for line in share]
     vlm = load_vlm(device='cpu'); ends = end_token_ids(vlm)
     responses = [as_response(vlm.tokenizer, line['ids'], ends) for line in lines]
@@ -107,11 +117,11 @@ def test_rewards_are_those_that_one_process_gives(runs):
             assert abs(line[f'reward/{part}'] - mean) < 1e-6
 
 def test_every_step_is_written_once(runs):
-    for out, _ in runs.values():
+    for out, *_ in runs.values():
         metrics = [json.loads(line) for line in (out/'metrics.jsonl').read_text().splitlines()]
         assert [line['step'] for line in metrics] == list(range(1, STEPS + 1))
         assert (out/'adapter'/'adapter_model.safetensors').is_file()
-    keys = [set(json.loads((out/'metrics.jsonl').read_text().splitlines()[0])) for out, _ in runs.values()]
+    keys = [set(json.loads((out/'metrics.jsonl').read_text().splitlines()[0])) for out, *_ in runs.values()]
     assert keys[0] == keys[1]
 
 # accelerate splits weights on GPUs only; its own function for it, with the plugin that fsdp.yaml makes, also works between CPU processes.
