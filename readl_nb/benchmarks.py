@@ -363,7 +363,7 @@ def scoring_speedup(
 
 # %% ../nbs/16_benchmarks.ipynb #c055
 def step_for_benchmark(vlm, folder, images, generations, **choices):
-    "A function that computes one training step's gradient and gives the sampled ids, the trainer, and its batch."
+    "A function that samples, rewards and, with `learn`, computes the gradient of one training step; it gives the sampled ids."
     config = CGROConfig(prompts_per_step=images, generations=generations, micro_batch=images * generations, max_new_tokens=64, temperature=1.2, **choices)
     rows = Dataset.from_list([dict(prompt=conversation(config), image=generate_sample(seed).image, label=seed % 2) for seed in range(images)])
     trainer = build_trainer(vlm, rows, folder, config, log_completions=False, disable_tqdm=True, save_strategy='no')

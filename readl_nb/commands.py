@@ -197,8 +197,7 @@ def train_config(
     file = options.config or (launch_file('readl_tiny') if options.model == 'readl-tiny' else None)
     given = {name: getattr(options, name) for name in ('method', 'max_steps', 'save_steps', 'seed')}
     settings = read_settings(file) if file else {}
-    try: return CGROConfig(**settings | {name: value for name, value in given.items() if value is not None})
-    except TypeError as error: raise ValueError(f'{options.config}: a setting is of the wrong type ({error})') from None
+    return CGROConfig(**settings | {name: value for name, value in given.items() if value is not None})
 
 # %% ../nbs/14_commands.ipynb #c030
 def readl_train(

@@ -269,6 +269,7 @@ class LazyImages:
 def with_images(
     dataset: Dataset,              # with the columns path and label, and any others
     max_pixels: int = MAX_PIXELS,  # of one picture, width times height; larger ones are unreadable
+    reader=LazyImages,             # called with the rows and max_pixels: the `LazyImages` that reads the pictures
 ) -> Dataset:
     """The same rows with a column image, read on access: upright RGB `PIL` images.
 
@@ -278,7 +279,7 @@ def with_images(
     if missing: raise ValueError(f'the dataset has no column {" and ".join(sorted(missing))}; make it with labelled(...)')
     rows = dataset.with_format(None)
     if 'image' in rows.column_names: rows = rows.remove_columns('image')
-    return rows.add_column('image', list(rows['path'])).with_transform(LazyImages(rows, max_pixels))
+    return rows.add_column('image', list(rows['path'])).with_transform(reader(rows, max_pixels))
 
 def unreadable(
     dataset: Dataset,   # made by `with_images`, or selected, shuffled or split from one that was

@@ -43,7 +43,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from .datasets import LazyImages, check_classes, labelled
+from .datasets import LazyImages, check_classes, labelled, unreadable, with_images
 from .grpo import CGROConfig, arguments, build_trainer, conversation
 from .images import one_line, show_name
 from .inspection import ReALConfig, check_prompt, finite
@@ -84,7 +84,9 @@ def chosen(
         if name not in known:
             near = get_close_matches(str(name), known, 1, .5)
             raise ValueError(f'{where}: there is no setting {one_line(name, 60)!r}; ' + (f'did you mean {near[0]!r}?' if near else f"there are {', '.join(known)}"))
-        if name == 'real': fields_of[name] = ReALConfig(**chosen(value, ReALConfig, f'{where}, real'))
+        if name == 'real':
+            try: fields_of[name] = ReALConfig(**chosen(value, ReALConfig, f'{where}, real'))
+            except TypeError as error: raise ValueError(f'{where}, real: a value is of the wrong type ({one_line(error, 80)})') from None
         else: fields_of[name] = typed(value, known[name], f'{where}: {name}')
     return fields_of
 
@@ -108,10 +110,11 @@ class FittedImages(LazyImages):
     def __init__(
         self,
         rows: Dataset,     # with the columns path and label, no transform
+        max_pixels: int,   # of one picture, as for `LazyImages`
         size: int | None,  # side in pixels; None keeps the shape
         keep: int,         # pictures kept in memory
     ):
-        super().__init__(rows)
+        super().__init__(rows, max_pixels)
         self.size, self.keep, self.kept = size, keep, OrderedDict()
 
     def attempt(self, path):
@@ -140,9 +143,9 @@ def training_data(
     check_classes(rows)
     if len(rows) < config.prompts_per_step:
         raise ValueError(f'{len(rows)} images are fewer than the {config.prompts_per_step} of one step: lower prompts_per_step or give more images')
-    rows = rows.remove_columns([name for name in ('prompt', 'image') if name in rows.column_names])
+    if 'prompt' in rows.column_names: rows = rows.remove_columns('prompt')
     rows = rows.add_column('prompt', [conversation(config)] * len(rows))
-    return rows.add_column('image', list(rows['path'])).with_transform(FittedImages(rows, config.image_size, 4 * config.prompts_per_step))
+    return with_images(rows, reader=lambda *given: FittedImages(*given, config.image_size, 4 * config.prompts_per_step))
 
 # %% ../nbs/08d_training.ipynb #c016
 class Order(torch.utils.data.Sampler):
@@ -382,7 +385,7 @@ def one_step(
 class RunRecorder(TrainerCallback):
     "Writes metrics.jsonl, shows progress, seals checkpoints, and stops a training that has lost its numbers."
     def __init__(self, out, config, dataset, say, progress=True):
-        self.out, self.config, self.unreadable, self.say, self.progress = Path(out), config, dataset.format['format_kwargs']['transform'].unreadable, say, progress
+        self.out, self.config, self.unreadable, self.say, self.progress = Path(out), config, unreadable(dataset), say, progress
         self.bar, self.warned = None, False
 
     def on_train_begin(self, args, state, control, **_):
