@@ -140,9 +140,10 @@ def test_loss_that_is_not_a_number_stops_it(tmp_path):
     from types import SimpleNamespace
     from datasets import Dataset
     from readl_nb.grpo import CGROConfig
-    from readl_nb.training import FittedImages, RunRecorder
+    from readl_nb.datasets import with_images
+    from readl_nb.training import RunRecorder
     data = Dataset.from_dict({'path': ['a'], 'label': [0]})
-    recorder = RunRecorder(tmp_path, CGROConfig(), data.with_transform(FittedImages(data, 28, 1)), print)
+    recorder = RunRecorder(tmp_path, CGROConfig(), with_images(data), print)
     for name in ('loss', 'grad_norm'):
         with pytest.raises(ValueError, match=f'the {name} is nan at step 3'): recorder.on_log(None, SimpleNamespace(global_step=3), None, logs={'loss': 0., name: math.nan})
     assert not list(tmp_path.iterdir())
