@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LEGEND', 'STYLE', 'COLUMNS', 'POINTS', 'PITCH', 'LETTER', 'choice', 'ReALConfig', 'check_config', 'config_table',
            'Scores', 'score_tokens', 'peak', 'Failure', 'Inspection', 'malformed', 'notes', 'finite', 'as_record',
-           'assemble', 'pieces', 'relative', 'reasoning_html', 'fit', 'overlay', 'panels', 'data_uri', 'verdict',
-           'card', 'layout', 'place', 'write', 'draw', 'printable', 'look', 'seeded', 'seen_by', 'read_again',
-           'look_safely', 'why', 'check_prompt', 'inspect_batch', 'path_of', 'read_or_fail', 'inspect_images',
-           'inspect_image']
+           'weighted_map', 'assemble', 'pieces', 'relative', 'reasoning_html', 'fit', 'overlay', 'panels', 'data_uri',
+           'verdict', 'card', 'layout', 'place', 'write', 'draw', 'printable', 'look', 'seeded', 'seen_by',
+           'read_again', 'look_safely', 'why', 'check_prompt', 'inspect_batch', 'path_of', 'read_or_fail',
+           'inspect_images', 'inspect_image']
 
 # %% ../nbs/06_inspection.ipynb #c003
 import base64
@@ -212,6 +212,15 @@ def as_record(
         seconds=round(inspection.seconds, 4))
 
 # %% ../nbs/06_inspection.ipynb #c033
+def weighted_map(
+    attention: TokenAttention,  # where each token looked
+    scores: Scores,             # what each token weighs
+    config: ReALConfig,         # for its `scale`
+) -> np.ndarray:
+    "The anomaly map on the grid of visual tokens, float32 [H, W], raw; all 0 without tokens.\n\nSource: ReADL Eq. 5."
+    share = scores.weights / (scores.weights.sum() or 1.) if config.scale == 'mean' else scores.weights
+    return np.asarray(anomaly_map(attention.maps, share), np.float32) if len(share) else np.zeros(attention.maps.shape[1:], np.float32)
+
 def assemble(
     path: str,                  # the file as the user named it
     image: Image.Image,         # the image, upright RGB
@@ -223,9 +232,7 @@ def assemble(
     "The `Inspection` of one image from its response and the captured attention."
     started = time.perf_counter()
     scores = score_tokens(attention, config)
-    height, width = attention.maps.shape[1:]
-    share = scores.weights / (scores.weights.sum() or 1.) if config.scale == 'mean' else scores.weights
-    grid = np.asarray(anomaly_map(attention.maps, share), np.float32) if len(share) else np.zeros((height, width), np.float32)
+    grid = weighted_map(attention, scores, config)
     pixels = np.asarray(to_pixels(grid, (image.height, image.width)), np.float32)
     return Inspection(path, image, response, attention, scores, grid, pixels, *peak(pixels), seconds + time.perf_counter() - started)
 

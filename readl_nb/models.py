@@ -62,7 +62,7 @@ def load_processor(path:str # folder or hub name
 
 # %% ../nbs/02_models.ipynb #c011
 EMBEDDED = 'readl-tiny'
-ADAPTERS = 'readl-tiny-r1', 'readl-tiny-cgro' # trained in ablations/table2, for the embedded model
+ADAPTERS = 'readl-tiny-r1', 'readl-tiny-cgro' # trained in ablations/table2_training, for the embedded model
 
 @dataclass(frozen=True)
 class VLM:

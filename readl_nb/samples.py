@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'TEXTURE_SIZE', 'CATEGORIES', 'DEFECTS', 'LOCATIONS', 'SAMPLE_DATA_SEED', 'texture', 'location_words',
-           'explain', 'Sample', 'generate_sample', 'sample_plan', 'write_samples']
+           'explain', 'Sample', 'generate_sample', 'sample_plan', 'write_samples', 'lit', 'uneven_sample',
+           'balanced_plan', 'write_uneven']
 
 # %% ../nbs/00_samples.ipynb #c003
 import json, math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 from skimage import data as skimage_data
 
-# %% ../nbs/00_samples.ipynb #c007
+# %% ../nbs/00_samples.ipynb #c008
 PHOTOGRAPHS = 'brick', 'grass', 'gravel'  # CC0 photographs shipped with scikit-image
 TEXTURE_SIZE = 640
 
@@ -35,7 +36,7 @@ def _photograph(name, rng):
     image = Image.fromarray(getattr(skimage_data, name)())
     return _unit(np.asarray(image.resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.Resampling.BICUBIC), np.float32))
 
-# %% ../nbs/00_samples.ipynb #c009
+# %% ../nbs/00_samples.ipynb #c010
 def _axes(): return np.meshgrid(np.arange(TEXTURE_SIZE, dtype=np.float32), np.arange(TEXTURE_SIZE, dtype=np.float32))
 
 def _wood(rng):
@@ -62,7 +63,7 @@ def _tile(rng):
     shade = rng.uniform(-.6, .6, (16, 16)).astype(np.float32)[(y // pitch).astype(int), (x // pitch).astype(int)]
     return np.clip(.62 + .12 * shade + .05 * _smooth_noise(rng, 2, 2) - .5 * (to_joint < groove), 0, 1).astype(np.float32)
 
-# %% ../nbs/00_samples.ipynb #c011
+# %% ../nbs/00_samples.ipynb #c012
 _MATERIALS = dict(  # name: (texture, colour of dark parts, colour of bright parts)
     brick=(lambda r: _photograph('brick', r), (92, 48, 38), (196, 132, 108)),
     grass=(lambda r: _photograph('grass', r), (34, 52, 22), (138, 158, 78)),
@@ -79,7 +80,7 @@ def texture(category:str, # one of `CATEGORIES`
     "The grey texture of a material; cached, the same in every process"
     return _MATERIALS[category][0](np.random.default_rng([7, CATEGORIES.index(category), variant]))
 
-# %% ../nbs/00_samples.ipynb #c015
+# %% ../nbs/00_samples.ipynb #c016
 def _surface(rng, category, size):
     "RGB float32 [size, size, 3] in 0..255 of a normal surface under random conditions"
     source = texture(category, int(rng.integers(4)) if category not in PHOTOGRAPHS else 0)
@@ -98,7 +99,7 @@ def _surface(rng, category, size):
     grey = grey + rng.standard_normal((size, size), np.float32) * np.float32(rng.uniform(.005, .03))
     return (dark + (bright - dark) * grey[..., None]) * (light[..., None] * tint)
 
-# %% ../nbs/00_samples.ipynb #c017
+# %% ../nbs/00_samples.ipynb #c018
 def _draw(patch, shapes, supersample=3):
     "Anti-aliased coverage [patch, patch] in [0, 1] of `shapes`: (kind, points in pixels, width or None)"
     canvas = Image.new('L', (patch * supersample,) * 2); pen = ImageDraw.Draw(canvas)
@@ -125,7 +126,7 @@ def _walk(rng, start, angle, steps, step, turn):
         points.append((points[-1][0] + step * math.cos(angle), points[-1][1] + step * math.sin(angle)))
     return points, angle
 
-# %% ../nbs/00_samples.ipynb #c018
+# %% ../nbs/00_samples.ipynb #c019
 def _scratch(rng, patch, radius, severity):
     "A thin, nearly straight bright line"
     angle, bend = rng.uniform(0, np.pi), rng.uniform(-.18, .18) * radius; t = np.linspace(-1, 1, 9)
@@ -147,7 +148,7 @@ def _crack(rng, patch, radius, severity):
     cover = _draw(patch, shapes)
     return cover * (.6 + .4 * severity), np.float32([14, 12, 12]), cover > .3
 
-# %% ../nbs/00_samples.ipynb #c019
+# %% ../nbs/00_samples.ipynb #c020
 def _hole(rng, patch, radius, severity):
     "A round dark pit with a light rim"
     x, y = _radial(patch); squeeze = rng.uniform(.8, 1.25)
@@ -170,7 +171,7 @@ def _dent(rng, patch, radius, severity):
     slope = (x * math.cos(direction) + y * math.sin(direction)) / width * bump / .607
     return np.abs(slope) * (.32 + .42 * severity), np.where((slope > 0)[..., None], np.float32(255), np.float32(0)), bump > .1
 
-# %% ../nbs/00_samples.ipynb #c020
+# %% ../nbs/00_samples.ipynb #c021
 def _missing_part(rng, patch, radius, severity):
     "A piece broken out with straight edges: the flat ground beneath shows, with a shadow on one side"
     n = int(rng.integers(4, 7)); angles = np.sort(rng.uniform(-.3, .3, n) + np.arange(n) * 2 * np.pi / n) + rng.uniform(0, 2 * np.pi)
@@ -194,7 +195,7 @@ _PAINTERS = {'scratch': _scratch, 'crack': _crack, 'hole': _hole, 'stain': _stai
              'missing part': _missing_part, 'contamination': _contamination}
 DEFECTS = tuple(_PAINTERS)
 
-# %% ../nbs/00_samples.ipynb #c022
+# %% ../nbs/00_samples.ipynb #c023
 LOCATIONS = 'top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right'
 
 def location_words(mask:np.ndarray, # bool [H, W] with at least one pixel set
@@ -218,7 +219,7 @@ def _paint(rng, image, kind, cell, severity):
     mask = np.zeros((size, size), bool); mask[ys, xs] = shape[inner]
     return mask
 
-# %% ../nbs/00_samples.ipynb #c024
+# %% ../nbs/00_samples.ipynb #c025
 def _phrase(defect): return defect if defect == 'contamination' else f'a {defect}'
 
 _DEFECT_TEXTS = ('The image shows a {category} surface. There is {phrase} at the {location}, which breaks the regular pattern. This is a defect.',
@@ -254,7 +255,7 @@ class Sample:
         shown = np.where(edge[..., None], np.uint8([255, 0, 255]), np.asarray(self.image))
         return Image.fromarray(np.hstack([np.asarray(self.image), shown])).resize((420, 210))._repr_jpeg_()
 
-# %% ../nbs/00_samples.ipynb #c025
+# %% ../nbs/00_samples.ipynb #c026
 def generate_sample(seed:int, # any non-negative integer; the same seed gives the same sample
                     category:str|None=None, # one of `CATEGORIES`; None draws one
                     defect:str|None=None, # 'good' or one of `DEFECTS`; None draws good in half of the cases
@@ -279,7 +280,7 @@ def generate_sample(seed:int, # any non-negative integer; the same seed gives th
     return Sample(Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)), mask, int(bool(masks)), category, defect, location,
                   explain(category, defect, location, wording), severity, seed, masks)
 
-# %% ../nbs/00_samples.ipynb #c032
+# %% ../nbs/00_samples.ipynb #c033
 SAMPLE_DATA_SEED = 1_000_000
 
 def sample_plan(train_good:int=2, test_good:int=4, per_defect:int=1) -> list[tuple]: # (category, split, defect, number)
@@ -310,3 +311,46 @@ def write_samples(folder:str|Path, # created when it is not there
     rows = [_write_one(root, seed + n, *item) for n, item in enumerate(sample_plan(train_good, test_good, per_defect))]
     (root / 'metadata.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf8')
     return rows
+
+# %% ../nbs/00_samples.ipynb #c038
+def lit(image:Image.Image,
+        strength:float, # 0 even; 0.5: half as bright at one side, half as bright again at the other
+        direction:float, # of the brighter side, radians
+       ) -> Image.Image:
+    "The image under light that fades from one side to the other"
+    x, y = np.meshgrid(np.linspace(-1, 1, image.width, dtype=np.float32), np.linspace(-1, 1, image.height, dtype=np.float32))
+    light = 1 + strength * (np.cos(direction) * x + np.sin(direction) * y)
+    return Image.fromarray(np.clip(np.asarray(image, np.float32) * light[..., None], 0, 255).astype(np.uint8))
+
+def uneven_sample(seed:int, # the same seed gives the same sample
+                  category:str, # one of `CATEGORIES`
+                  defect:str, # 'good' or one of `DEFECTS`
+                  strength:tuple[float, float]=(.15, .5), # lowest and highest strength of the light
+                 ) -> Sample:
+    "A generated sample under uneven light of random strength and direction"
+    random, sample = np.random.default_rng([11, seed]), generate_sample(seed, category, defect)
+    return replace(sample, image=lit(sample.image, random.uniform(*strength), random.uniform(0, 2 * np.pi)))
+
+# %% ../nbs/00_samples.ipynb #c039
+def balanced_plan(categories, defects, count:int) -> list[tuple[str, str]]:
+    "Category and kind of each of `count` images: every second one normal, the others all kinds in turn"
+    defective = [(category, defect) for defect in defects for category in categories]
+    return [(categories[n // 2 % len(categories)], 'good') if n % 2 else defective[n // 2 % len(defective)] for n in range(count)]
+
+def write_uneven(folder:str|Path, # root of the dataset; files that are there are kept
+                 split:str, # 'train' or 'test'
+                 categories, defects, # which ones
+                 count:int, # images, half of them normal
+                 seed:int, # of the first image
+                 strength:tuple[float, float]=(.15, .5), # of the light
+                ) -> Path: # `folder`
+    "Writes images and masks under uneven light in MVTec-AD layout"
+    for n, (category, defect) in enumerate(balanced_plan(categories, defects, count)):
+        kind = defect.replace(' ', '_'); file = Path(folder)/category/split/kind/f'{n:04d}.png'
+        if file.exists(): continue
+        sample = uneven_sample(seed + n, category, defect, strength)
+        pictures = {file: sample.image} | ({Path(folder)/category/'ground_truth'/kind/f'{n:04d}_mask.png': Image.fromarray(sample.mask.astype(np.uint8) * 255)} if sample.label else {})
+        for path, picture in reversed(pictures.items()): # the image last: what is there is complete
+            path.parent.mkdir(parents=True, exist_ok=True); partial = path.with_suffix('.part')
+            picture.save(partial, 'PNG'); partial.replace(path)
+    return Path(folder)

@@ -143,7 +143,7 @@ def training_data(
     check_classes(rows)
     if len(rows) < config.prompts_per_step:
         raise ValueError(f'{len(rows)} images are fewer than the {config.prompts_per_step} of one step: lower prompts_per_step or give more images')
-    if 'prompt' in rows.column_names: rows = rows.remove_columns('prompt')
+    rows = rows.remove_columns([name for name in ('prompt', 'mask', 'split', 'explanation') if name in rows.column_names])   # a training takes the label alone
     rows = rows.add_column('prompt', [conversation(config)] * len(rows))
     return with_images(rows, reader=lambda *given: FittedImages(*given, config.image_size, 4 * config.prompts_per_step))
 

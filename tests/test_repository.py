@@ -125,8 +125,9 @@ def test_hooks_find_what_they_would_write(checkout, tmp_path):
 @each_module
 def test_module_imports_only_what_the_settings_require(path):
     canonical = lambda name: re.sub(r'[-_.]+', '-', name).lower()
-    required = {canonical(re.split(r'[<>=!~\[; ]', line)[0]) for line in settings['requirements'].split()}
-    optional = {canonical(line) for line in settings['vision_requirements'].split()}
+    names = lambda lines: {canonical(re.split(r'[<>=!~\[; ]', line)[0]) for line in lines.split()}
+    required = names(settings['requirements'])
+    optional = set().union(*(names(lines) for extra, lines in settings.items() if extra.endswith('_requirements') and not extra.startswith('dev')))
     known = packages_distributions()
     for name in {name.split('.')[0] for name in imports(path.read_text(encoding='utf-8'))} - set(sys.stdlib_module_names) - {'readl_nb', '__future__'}:
         distributions = {canonical(found) for found in known.get(name, [name])}

@@ -1,0 +1,180 @@
+"What has to hold for `readl_evaluate` and `readl_datasets` as a user runs them: killed, started on two processes, given broken images or the folder of another model, the numbers are the same or one sentence says why not."
+import json, shutil, subprocess, sys, time
+from pathlib import Path
+import pandas as pd
+import pytest
+from readl_nb.commands import readl_datasets, readl_evaluate
+from readl_nb.evaluation import load_results
+from readl_nb.scaling import launch_file
+
+CODE = 'import sys; from readl_nb.commands import readl_evaluate; sys.exit(readl_evaluate())'
+COMMAND = [sys.executable, '-c', CODE]
+IMAGES = {'brick': ('good', 'hole', 'crack'), 'leather': ('good', 'stain', 'scratch')}
+NUMBERS = {'image_auroc', 'image_aupr', 'image_acc', 'log_odds_auroc', 'log_odds_aupr', 'pixel_auroc', 'pixel_aupr', 'pixel_acc', 'pixel_f1', 'pixel_pro', 'rouge_l'}
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory, root):
+    "A folder with six sample images in MVTec's layout, and their evaluation that nobody disturbed: `run`, what it printed: `said.json`, `told.txt`."
+    folder = tmp_path_factory.mktemp('evaluate')
+    for category, kinds in IMAGES.items():
+        for kind in kinds:
+            for file in (Path('test', kind, '000.jpg'), Path('ground_truth', kind, '000_mask.png')):
+                if not (root/'sample_data'/category/file).exists(): continue
+                place = folder/'data'/category/file; place.parent.mkdir(parents=True, exist_ok=True); shutil.copy(root/'sample_data'/category/file, place)
+    done = subprocess.run(command(folder, folder/'run', '--json'), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder/'said.json').write_text(done.stdout); (folder/'told.txt').write_text(done.stderr)
+    return folder
+
+def command(made, out, *more, start=COMMAND, data='data'):
+    return [*start, str(made/data), '--out', str(out), '--device', 'cpu', '--batch-size', '2', *map(str, more)]
+
+def here(capsys, made, out, *more, **options):
+    "Exit code, standard output and standard error of the command, in this process."
+    capsys.readouterr(); code = readl_evaluate(command(made, out, *more, start=[], **options))
+    return code, *capsys.readouterr()
+
+def strict(text): return json.loads(text, parse_constant=lambda name: pytest.fail(f'{name} is no JSON'))
+def stamps(out): return {path.name: path.stat().st_mtime_ns for path in (out/'images').glob('*.safetensors')}
+def sentence(error): return [line for line in error.splitlines() if line.startswith('readl_evaluate: ')]
+
+def close(one, two):
+    "Whether two summaries are the same; numbers to 1e-4."
+    if isinstance(one, dict): return one.keys() == two.keys() and all(close(one[name], two[name]) for name in one)
+    if isinstance(one, list): return len(one) == len(two) and all(map(close, one, two))
+    return abs(one - two) < 1e-4 if isinstance(one, float) and isinstance(two, float) else one == two
+
+def test_json_is_strict_and_holds_the_full_table(made):
+    summary = strict((made/'said.json').read_text())
+    assert (made/'said.json').read_text().count('\n') == 1, 'one line, and nothing else on standard output'
+    assert summary == strict((made/'run'/'summary.json').read_text())
+    counts = summary['counts']
+    assert (counts['images'], counts['evaluated'], counts['failed'], counts['normal'], counts['anomalous']) == (6, 6, 0, 2, 4)
+    table = {row['method']: row for row in summary['table']}
+    assert {'all normal', 'all anomalous', 'centre Gaussian', 'random'} < table.keys()
+    first = summary['table'][0]
+    assert all(0 <= first[name] <= 1 for name in NUMBERS) and first['pixel_auroc'] > .8
+    assert table['all normal']['pixel_auroc'] == .5 and table['all normal']['image_auroc'] == .5
+    assert [row['method'] for row in summary['categories']] == ['brick', 'leather'] and len(summary['pooled']) == len(table)
+
+def test_files_hold_every_image(made):
+    out = made/'run'
+    table = pd.read_parquet(out/'results.parquet')
+    assert len(table) == 6 and set(table['label']) == {0, 1} and (table['failure'] == '').all()
+    page = (out/'report'/'index.html').read_text(encoding='utf8')
+    assert 'readl-tiny' in page and '../summary.json' in page and 'http' not in page.replace('http-equiv', '')
+    assert 'images/' not in (made/'told.txt').read_text().splitlines()[-1] and 'open' in sentence((made/'told.txt').read_text())[-1]
+
+def test_again_nothing_is_asked_and_the_numbers_are_the_same(made, capsys, monkeypatch):
+    before = stamps(made/'run')
+    monkeypatch.setattr('readl_nb.evaluation.load_vlm', lambda *a, **k: pytest.fail('the model was loaded'))
+    code, out, error = here(capsys, made, made/'run', '--json')
+    assert code == 0 and strict(out) == strict((made/'said.json').read_text()) and stamps(made/'run') == before
+
+def test_killed_it_goes_on_nothing_lost_and_nothing_twice(made, tmp_path, capsys):
+    out = tmp_path/'run'
+    process = subprocess.Popen(command(made, out, '--batch-size', 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while len(stamps(out)) < 2 and process.poll() is None and time.time() < deadline: time.sleep(.005)
+    process.kill(); assert process.wait() == -9
+    before = stamps(out)
+    assert 2 <= len(before) < 6, 'it was not killed in the middle'
+    code, said, error = here(capsys, made, out, '--json')
+    after = stamps(out)
+    assert code == 0 and len(after) == 6 and {name: after[name] for name in before} == before, 'a finished image was done again'
+    assert close(strict(said), strict((made/'said.json').read_text()))
+    assert not list(out.rglob('.*.part'))
+
+def test_half_a_file_is_done_again(made, tmp_path, capsys):
+    out = Path(shutil.copytree(made/'run', tmp_path/'run')); file = sorted((out/'images').iterdir())[0]
+    file.write_bytes(file.read_bytes()[:1000]); before = stamps(out)
+    code, said, error = here(capsys, made, out, '--json')
+    assert code == 0 and close(strict(said), strict((made/'said.json').read_text()))
+    assert [name for name, stamp in stamps(out).items() if before[name] != stamp] == [file.name]
+
+def test_results_of_another_model_are_one_sentence(made, tmp_path, capsys):
+    from readl_nb.models import model_path
+    other = shutil.copytree(model_path('readl-tiny'), tmp_path/'other')
+    before = {path: path.read_bytes() for path in (made/'run').rglob('*') if path.is_file()}
+    for more in (['--model', other], ['--max-new-tokens', 7], ['--tier', 2]):
+        code, out, error = here(capsys, made, made/'run', *more)
+        assert (code, out) == (1, '') and len(error.strip().splitlines()) == 1 and 'another model or prompt' in error and 'choose another folder' in error, error
+    assert before == {path: path.read_bytes() for path in (made/'run').rglob('*') if path.is_file()}
+
+def test_a_broken_image_is_listed_and_counted(made, tmp_path, capsys):
+    shutil.copytree(made/'data', tmp_path/'data'); out = Path(shutil.copytree(made/'run', tmp_path/'run'))
+    about = json.loads((out/'settings.json').read_text()); about['root'] = str(tmp_path/'data'); (out/'settings.json').write_text(json.dumps(about))
+    (tmp_path/'data'/'brick'/'test'/'good'/'<b>.png').write_text('hello')
+    code, said, error = here(capsys, tmp_path, out, '--json')
+    summary = strict(said)
+    assert code == 0 and [summary['counts'][name] for name in ('images', 'evaluated', 'failed')] == [7, 6, 1]
+    assert len(summary['problems']) == 1 and '<b>.png' in summary['problems'][0] and any('<b>.png' in line for line in sentence(error))
+    page = (out/'report'/'index.html').read_text(encoding='utf8')
+    assert '1 failed' in page and '&lt;b&gt;.png' in page and '<b>.png' not in page
+    table = pd.read_parquet(out/'results.parquet')
+    assert len(table) == 7 and (table['failure'] != '').sum() == 1
+    assert close(summary['table'], strict((made/'said.json').read_text())['table']), 'a broken image is in no number'
+    shutil.copy(made/'data'/'brick'/'test'/'good'/'000.jpg', tmp_path/'data'/'brick'/'test'/'good'/'<b>.png')   # mended
+    code, said, error = here(capsys, tmp_path, out, '--json')
+    assert [strict(said)['counts'][name] for name in ('images', 'evaluated', 'failed')] == [7, 7, 0]
+
+def test_nothing_but_broken_images(tmp_path, capsys):
+    place = tmp_path/'data'/'brick'/'test'/'good'; place.mkdir(parents=True); (place/'a.png').write_text('hello')
+    code, said, error = here(capsys, tmp_path, tmp_path/'run', '--json')
+    assert code == 1 and strict(said)['counts']['failed'] == 1 and (tmp_path/'run'/'report'/'index.html').is_file()
+
+def test_two_processes_merge_to_the_same_numbers(made, tmp_path):
+    (tmp_path/'evaluate.py').write_text(CODE)
+    start = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', launch_file('cpu'), '--num_processes', '2', str(tmp_path/'evaluate.py')]
+    done = subprocess.run(command(made, tmp_path/'run', '--json', start=start), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert close(strict(done.stdout), strict((made/'said.json').read_text())), 'two processes give other numbers than one'
+    for one, two in zip(load_results(made/'run'), load_results(tmp_path/'run')):
+        assert (one['path'], one['text'], one['answer']) == (two['path'], two['text'], two['answer'])
+        assert abs(one.grid_map - two.grid_map).max() < 1e-4 * abs(one.grid_map).max() + 1e-6
+    assert len(sentence(done.stderr)) == 1, 'the second process speaks too'
+
+@pytest.mark.parametrize('more', [[], ['--categories', 'marble'], ['--layout', 'mvtek'], ['--split', 'validation']])
+def test_what_cannot_begin_is_one_sentence(made, tmp_path, capsys, more):
+    data = 'data' if more else 'nothing'
+    code, out, error = here(capsys, made, tmp_path/'run', *more, data=data)
+    assert (code, out) == (1, '') and len(error.strip().splitlines()) == 1 and error.startswith('readl_evaluate: ') and not (tmp_path/'run').exists(), error
+
+def test_a_folder_of_somebody_else_is_left_alone(made, tmp_path, capsys):
+    (tmp_path/'notes.txt').write_text('mine')
+    code, out, error = here(capsys, made, tmp_path)
+    assert code == 1 and len(error.strip().splitlines()) == 1 and [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+
+def test_subset_is_a_beginning_of_the_whole(made, tmp_path, capsys):
+    code, said, _ = here(capsys, made, tmp_path/'run', '--subset', 2, '--json')
+    assert code == 0 and strict(said)['counts']['images'] == 2
+    before = stamps(tmp_path/'run')
+    code, said, _ = here(capsys, made, tmp_path/'run', '--json')
+    after = stamps(tmp_path/'run')
+    assert {name: after[name] for name in before} == before and close(strict(said), strict((made/'said.json').read_text()))
+
+@pytest.mark.parametrize('program', ['readl_evaluate', 'readl_datasets'])
+def test_help_is_instant_and_wrong_usage_ends_with_2(program):
+    code = f'import sys; from readl_nb.commands import {program} as run\ntry: run()\nexcept SystemExit as stop: print([m for m in ("torch", "numpy", "pandas", "PIL") if m in sys.modules]); sys.exit(stop.code)'
+    helped, wrong = (subprocess.run([sys.executable, '-c', code, *more], capture_output=True, text=True, timeout=60) for more in (['--help'], ['--nonsense']))
+    assert helped.returncode == 0 and 'usage' in helped.stdout and helped.stdout.splitlines()[-1] == '[]' and 'Exit code' in helped.stdout
+    assert wrong.returncode == 2 and 'usage' in wrong.stderr
+
+def test_datasets_checks_the_samples_and_a_folder_that_is_no_dataset(root, tmp_path, capsys):
+    assert readl_datasets(['check', str(root/'sample_data')]) == 0
+    said = capsys.readouterr().out
+    assert 'no problem was found' in said and 'licence' in said
+    (tmp_path/'notes.txt').write_text('hello')
+    assert readl_datasets(['check', str(tmp_path)]) == 1
+    out, error = capsys.readouterr()
+    assert out == '' and len(error.strip().splitlines()) == 1 and error.startswith('readl_datasets: ')
+    assert readl_datasets(['list']) == 0 and 'mvtec_ad: ' in capsys.readouterr().out
+
+def test_datasets_manifest_tells_what_changed(made, tmp_path, capsys):
+    data = Path(shutil.copytree(made/'data', tmp_path/'data')); file = str(tmp_path/'data.jsonl')
+    assert readl_datasets(['manifest', str(data), file]) == 0 and readl_datasets(['verify', str(data), file]) == 0
+    capsys.readouterr()
+    (data/'brick'/'test'/'good'/'000.jpg').write_bytes(b'other'); (data/'brick'/'new.png').write_bytes(b'new')
+    assert readl_datasets(['verify', str(data), file]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and 'changed' in lines[0] and 'not in the manifest' in lines[1]
