@@ -30,7 +30,6 @@ from urllib.parse import urlsplit
 
 import httpx2
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessorList, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -134,6 +133,8 @@ def find_answer(
     parsed = parse_response(text, truncated)
     if tier == 1: return parsed.answer, parsed.answer_at, (0, 0), parsed.problem
     cut = PROBLEMS[1] if truncated else ''
+    tagged = {word.lower() for word in re.findall(r'<answer>\s*(yes|no)\b\s*\.?\s*</answer>', text, re.I)}
+    if len(tagged) == 2: return None, None, (0, 0), cut or PROBLEMS[4]
     if parsed.answer: return parsed.answer, parsed.answer_at, (text.rfind('<answer>'), len(text)), cut
     behind = text.rfind('</think>') + len('</think>') if '</think>' in text else len(text) if '<think>' in text else 0
     found = verdicts(text[behind:], truncated)
@@ -166,7 +167,7 @@ def fit_prompt(
     merged = Prompt(f'{prompt.system} {prompt.question}', '')
     for candidate in (prompt, merged):
         try: text = processor.apply_chat_template(messages(candidate), tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError, TypeError, KeyError): continue
+        except Exception: continue   # each template refuses in its own way
         if candidate.system in text and candidate.question in text: return candidate
     raise ValueError('its processor has no chat template that shows a question: give an instruction-tuned checkpoint')
 

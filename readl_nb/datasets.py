@@ -6,8 +6,8 @@
 __all__ = ['HELD_OUT', 'LOSSY', 'SCHEMA', 'SHOWN', 'from_elpv', 'choose', 'as_dataset', 'labelled', 'check_classes',
            'from_picture', 'same_size', 'draw_polygon', 'from_labelme', 'run_lengths', 'from_runs', 'coco_regions',
            'from_coco', 'read_annotations', 'union', 'read_mask', 'row_mask', 'LazyImages', 'with_images', 'unreadable',
-           'mask_problem', 'duplicates', 'problems', 'compare_counts', 'missing_and_extra', 'Check', 'every_file',
-           'check', 'sha256', 'files_for', 'write_manifest', 'read_manifest', 'verify_manifest']
+           'mask_problem', 'duplicates', 'problems', 'compare_counts', 'missing_and_extra', 'shortened', 'printable',
+           'Check', 'every_file', 'check', 'sha256', 'files_for', 'write_manifest', 'read_manifest', 'verify_manifest']
 
 # %% ../nbs/01b_datasets.ipynb #c003
 import hashlib
@@ -407,6 +407,16 @@ def missing_and_extra(
 # %% ../nbs/01b_datasets.ipynb #c077
 SHOWN = 30   # sentences of one kind that are shown; all are in the object
 
+def shortened(said): return [*said[:SHOWN], *([f'... and {len(said) - SHOWN} more'] if len(said) > SHOWN else [])]
+
+def printable(
+    table: pd.DataFrame,   # from `compare_counts`
+) -> pd.DataFrame:
+    "The table with names that are safe to print and ? for figures that are not known."
+    safe = table.assign(**{name: [one_line(word, 60) for word in table[name]] for name in ('category', 'split', 'class')})
+    return safe.astype(object).where(safe.notna(), '?')
+
+# %% ../nbs/01b_datasets.ipynb #c078
 @dataclass(frozen=True, eq=False)
 class Check:
     "What `check` found out about a folder; shows itself as text and as HTML."
@@ -436,24 +446,19 @@ class Check:
         "Heading -> sentences, shortened; only those that are not empty."
         unused = [f'{len(self.unused)} picture files in this folder are neither image nor mask, as {show_name(self.unused[0])}'] if self.unused else []
         every = dict(missing=self.missing, extra=self.extra, problems=self.problems, unused=unused)
-        return {name: [*said[:SHOWN], *([f'... and {len(said) - SHOWN} more'] if len(said) > SHOWN else [])] for name, said in every.items() if said}
-
-    def table(self) -> pd.DataFrame:
-        "The counts, with names that are safe to print."
-        safe = self.counts.assign(**{name: [one_line(word, 60) for word in self.counts[name]] for name in ('category', 'split', 'class')})
-        return safe.astype(object).where(safe.notna(), '?')
+        return {name: shortened(said) for name, said in every.items() if said}
 
     def __str__(self):
         head = '\n'.join(f'{name:8} {one_line(text, 400)}' for name, text in [('folder', show_name(self.root)), *self.facts()])
         lists = ''.join(f'\n\n{name}\n' + '\n'.join(f'  {line}' for line in lines) for name, lines in self.lists().items())
-        return f'{head}\n\n{self.table().to_string(index=False)}{lists}'
+        return f'{head}\n\n{printable(self.counts).to_string(index=False)}{lists}'
 
     def _repr_html_(self):
         head = ''.join(f'<tr><th>{name}</th><td style="text-align:left">{html.escape(one_line(text, 400))}</td></tr>' for name, text in [('folder', show_name(self.root)), *self.facts()])
         lists = ''.join(f'<details{" open" if name != "unused" else ""}><summary>{name}</summary><ul>' + ''.join(f'<li>{html.escape(line)}</li>' for line in lines) + '</ul></details>' for name, lines in self.lists().items())
-        return f'<div><table>{head}</table>{lists}<details><summary>counts</summary>{self.table().to_html(index=False, border=0)}</details></div>'
+        return f'<div><table>{head}</table>{lists}<details><summary>counts</summary>{printable(self.counts).to_html(index=False, border=0)}</details></div>'
 
-# %% ../nbs/01b_datasets.ipynb #c078
+# %% ../nbs/01b_datasets.ipynb #c079
 def every_file(
     root,   # a folder
 ) -> list[str]:
@@ -477,7 +482,7 @@ def check(
     said = [sentence.replace(f'{root}{os.sep}', '') for sentence in problems(as_dataset(rows), progress)]
     return Check(str(root), layout, counts, sum(bool(row['mask']) for row in rows), *map(tuple, (*missing_and_extra(counts), said, unused)))
 
-# %% ../nbs/01b_datasets.ipynb #c084
+# %% ../nbs/01b_datasets.ipynb #c085
 def sha256(path):
     "The SHA-256 of a file, as 64 letters."
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -505,7 +510,7 @@ def write_manifest(
     except OSError as error: raise ValueError(f'{show_name(error.filename or file)}: {error.strerror}; the manifest was not written') from None
     return len(names)
 
-# %% ../nbs/01b_datasets.ipynb #c085
+# %% ../nbs/01b_datasets.ipynb #c086
 def read_manifest(
     root,   # the folder it is about
     file,   # a manifest; untrusted

@@ -27,7 +27,7 @@ def code(
     return flip
 
 # %% ../nbs/09b_streaming.ipynb #c012
-SIZE = 2**21      # bins of a `PixelCounts`: at most 84 MB
+SIZE = 2**21      # bins of a `PixelCounts`: at most 84 MB, and up to 40 more for a moment while they are merged
 GRAINS = 2**40    # weight of a region, so up to eight million regions
 CHUNK = 2**18     # pixels at a time, which stay in the processor's cache
 SINGLE = float(np.finfo(np.float32).max)
@@ -81,16 +81,17 @@ class Bins:
         slots = self.slot.take(keys)
         if grow and self.first is None and slots.size and slots.min() < 0:
             self.make_room(np.unique(keys[slots < 0])); slots = self.slot.take(keys)
-        found = slots << self.bits | (codes & (1 << self.below) - 1) >> self.below - self.bits
+        found = (slots << self.bits | (codes & (1 << self.below) - 1) >> self.below - self.bits).astype(np.intp)   # what `at` is fast with
         if not grow or self.first is not None: found[slots < 0] = -1
         return found
 
     def make_room(self, keys):
         "Blocks for new keys; where there is no room, bins of all are merged in pairs, as often as needed."
-        held, bits = self.filled()[1:], min(self.bits, (self.size // max(self.blocks + len(keys), 1)).bit_length() - 1)
         self.slot[keys] = np.arange(self.blocks, self.blocks + len(keys)); self.blocks += len(keys)
+        bits = min(self.bits, (self.size // max(self.blocks, 1)).bit_length() - 1)
         room = self.blocks << bits
         if bits == self.bits and room <= len(self.counts): return
+        held = self.filled()[1:]
         self.bits = bits; self.empty(min(self.size, 1 << max(room - 1, 1).bit_length())); put(self, *held)
 
 # %% ../nbs/09b_streaming.ipynb #c017

@@ -49,11 +49,18 @@ def served(tmp_path_factory):
 
 def real(served, **options): return Endpoint(served[0], **dict(model=MODEL, key_variable='CONTRACT_KEY', per_minute=None, retries=0) | options)
 
-@pytest.mark.parametrize('tier', TIERS)
-def test_real_server_says_what_the_model_says_here(served, images, tier):
-    there, here = real(served, tier=tier).answers(images, max_new_tokens=150), LocalModel(tier=tier).answers(images, max_new_tokens=150)
-    assert [(a.answer, a.reasoning, a.problem, a.truncated) for a in there] == [(a.answer, a.reasoning, a.problem, a.truncated) for a in here]
-    if tier == 1: assert [a.text for a in there] == [a.text for a in here] and {a.problem for a in there} == {''}
+def test_real_server_says_what_the_model_says_here(served, images):
+    there, here = real(served).answers(images), LocalModel().answers(images)
+    assert [(a.text, a.answer, a.reasoning, a.problem, a.truncated) for a in there] == [(a.text, a.answer, a.reasoning, a.problem, a.truncated) for a in here]
+    assert [(a.answer, a.problem) for a in there] == [('No', '')] + [('Yes', '')] * 3
+
+@pytest.mark.parametrize('tier', [2, 3])
+def test_real_server_is_asked_in_the_other_tiers(served, images, tier):
+    # readl-tiny writes no prose, and the server's parser sorts what it writes anew: only whether something came, and its length, can be compared
+    there, here = real(served, tier=tier).answers(images[:2], max_new_tokens=60), LocalModel(tier=tier).answers(images[:2], max_new_tokens=60)
+    assert [(type(a), a.truncated) for a in there] == [(type(a), a.truncated) for a in here]
+    asked = json.loads((served[1]/'asked.jsonl').read_text().splitlines()[-1])['messages']
+    assert (asked[0]['content'], asked[1]['content'][1]['text']) == (TIERS[tier].system, TIERS[tier].question)
 
 def test_real_server_keeps_the_order_with_several_workers(served, images):
     assert real(served, workers=4).answers(images) == real(served).answers(images)

@@ -103,7 +103,6 @@ def test_results_of_another_model_are_one_sentence(made, tmp_path, capsys):
 
 def test_a_broken_image_is_listed_and_counted(made, tmp_path, capsys):
     shutil.copytree(made/'data', tmp_path/'data'); out = Path(shutil.copytree(made/'run', tmp_path/'run'))
-    about = json.loads((out/'settings.json').read_text()); about['root'] = str(tmp_path/'data'); (out/'settings.json').write_text(json.dumps(about))
     (tmp_path/'data'/'brick'/'test'/'good'/'<b>.png').write_text('hello')
     code, said, error = here(capsys, tmp_path, out, '--json')
     summary = strict(said)
