@@ -80,7 +80,7 @@ def read_weights(
         found = dict(zip(names, found.values())) if [kind(*pair) for pair in found.items()] == [kind(*pair) for pair in names.items()] else {}
     if wrong := [name for name, tensor in names.items() if name not in found or found[name].shape != tensor.shape]:
         raise ValueError(f'{show_name(file, 120)}: these are not the weights of this network; {len(wrong)} of {len(names)} tensors are missing or of another shape, the first is {wrong[0]}')
-    return found
+    return {name: found[name] for name in names}
 
 def kind(name, tensor): return name.split('.')[-1], tuple(tensor.shape)
 

@@ -319,6 +319,15 @@ def restored(
     counts.images, counts.missing, counts.regions, counts.lacking = images, missing, regions, np.array(lacking, np.int64)
     return counts
 
-def save(counts: PixelCounts, path): save_file(arrays(counts), Path(path))
+def save(
+    counts: PixelCounts,   # not a second look
+    path,                  # of the file, *.safetensors
+):
+    "Write the counts to a file."
+    save_file(arrays(counts), Path(path))
 
-def load(path) -> PixelCounts: return restored(load_file(Path(path)))
+def load(
+    path,   # from `save`
+) -> PixelCounts:
+    "The counts of a file. Raises `ValueError`, one line, for other arrays."
+    return restored(load_file(Path(path)))
