@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from .images import one_line
 from .inspection import Failure, read_or_fail, path_of, seeded, why
-from .models import (EMBEDDED, Prompt, QUESTION, VLM, _AnswerLogits, as_response, end_token_ids, fitted, load_processor, model_path,
+from .models import (EMBEDDED, Prompt, QUESTION, VLM, AnswerLogits, as_response, end_token_ids, fitted, load_processor, model_path,
                              parse_response, token_spans, torchvision_works)
 
 # %% ../nbs/06c_answers.ipynb #c007
@@ -260,7 +260,7 @@ def ask_local(
     vlm, tokenizer = model.vlm, model.vlm.tokenizer
     chats = [messages(model.prompt, fitted(image, vlm.image_size)) for image in images]
     batch = vlm.processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors='pt', processor_kwargs=dict(padding=True))
-    logits = _AnswerLogits(tokenizer)
+    logits = AnswerLogits(tokenizer)
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature > 0 else dict(do_sample=False, temperature=None, top_k=None, top_p=None)
     ids = vlm.model.generate(**batch.to(vlm.device, dtype=vlm.model.dtype), max_new_tokens=max_new_tokens, suppress_tokens=picture_ids(vlm.model.config), repetition_penalty=1.,
                              logits_processor=LogitsProcessorList([logits]), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling)

@@ -30,6 +30,7 @@ from safetensors.numpy import save
 from tqdm.auto import tqdm
 
 from .aggregation import anomaly_map, to_pixels
+from .answers import settings as answerer_settings
 from .attention import TokenAttention
 from .datasets import labelled, read_mask
 from .images import BadImage, one_line, read_image, show_name
@@ -255,9 +256,7 @@ def settings_of(
     answerer=None,         # another model or endpoint, see 06c_answers
 ) -> dict:
     "What made a folder of results, as plain values."
-    if answerer is not None:
-        from readl_nb.answers import settings
-        return dict(answerer=settings(answerer), max_new_tokens=max_new_tokens)
+    if answerer is not None: return dict(answerer=answerer_settings(answerer), max_new_tokens=max_new_tokens)
     named = lambda name, path: name if not os.path.isdir(path) or path != str(name) else os.path.abspath(path)
     file = adapter and Path(adapter_path(adapter))/'adapter_model.safetensors'
     about = dict(model=named(model, model_path(model)), weights=weights_digest(model_path(model)), adapter=adapter and named(adapter, adapter_path(adapter)),
@@ -279,7 +278,8 @@ def check_results_folder(
     rows: list[dict],   # from `rows_of`
     root: Path,         # of the images
 ) -> None:
-    "Nothing, or a `ValueError`, one line, when `out` holds results of something else."
+    "Nothing, or a `ValueError`, one line, when `out` holds results of something else or lies among the images."
+    if out.absolute().is_relative_to(root): raise ValueError(f'{show_name(out)}: the results would lie among the images, and the pictures of their page would be taken for images; choose a folder outside {show_name(root)}')
     if not (out/SETTINGS).exists():
         if out.exists() and any(out.iterdir()): raise ValueError(f'{show_name(out)}: the folder is not empty and holds no results; choose another folder for them')
         return

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUESTION', 'SYSTEM', 'EMBEDDED', 'ADAPTERS', 'PROBLEMS', 'Prompt', 'ImageProcessorOnly', 'torchvision_works',
            'load_processor', 'VLM', 'model_path', 'adapter_path', 'load_vlm', 'fitted', 'prepare', 'Parsed',
-           'parse_response', 'decode', 'token_spans', 'Response', 'vision_token_ids', 'as_response', 'end_token_ids',
-           'generate', 'respond']
+           'parse_response', 'decode', 'token_spans', 'AnswerLogits', 'Response', 'vision_token_ids', 'as_response',
+           'end_token_ids', 'generate', 'respond']
 
 # %% ../nbs/02_models.ipynb #c003
 import importlib.util, re, warnings
@@ -227,7 +227,7 @@ def _spellings(tokenizer, word):
     likely = {token: i for token, i in tokenizer.get_vocab().items() if word.lower() in token.lower()}
     return sorted(i for token, i in likely.items() if re.fullmatch(rf'\W*{word}', tokenizer.convert_tokens_to_string([token]), re.I))
 
-class _AnswerLogits(LogitsProcessor):
+class AnswerLogits(LogitsProcessor):
     "Remembers, for each generated token, log P(Yes) - log P(No); leaves the logits as they are"
     def __init__(self, tokenizer): self.yes, self.no, self.steps = _spellings(tokenizer, 'Yes'), _spellings(tokenizer, 'No'), []
     def __call__(self, input_ids, scores):
@@ -288,7 +288,7 @@ def generate(vlm:VLM, batch:BatchFeature, # from `prepare`
              n:int=1, # responses an image
             ) -> list[Response]: # n in a row for each image
     "The responses to one prepared batch; visual tokens are never generated, they would break the next pass over the text"
-    logits = _AnswerLogits(vlm.tokenizer)
+    logits = AnswerLogits(vlm.tokenizer)
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1., num_return_sequences=n) if temperature > 0 else dict(do_sample=False, temperature=None, top_k=None, top_p=None)
     ids = vlm.model.generate(**batch, max_new_tokens=max_new_tokens, suppress_tokens=vision_token_ids(vlm.model.config), repetition_penalty=1.,
                              logits_processor=LogitsProcessorList([logits]), pad_token_id=vlm.tokenizer.pad_token_id, **sampling)

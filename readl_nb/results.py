@@ -161,7 +161,7 @@ def case_pictures(
     return [outline(picture, mask) for picture in [fit(image, side)] + ([] if grid is None else [overlay(image, grid, side=side)])]
 
 # %% ../nbs/10b_results.ipynb #c026
-HEADINGS = {'image': 'image, answers', 'log_odds': 'image, log-odds', 'pixel': 'pixels', '': 'reasoning'}
+HEADINGS = {'image': 'image, answers', 'log_odds': 'image, log-odds or score', 'pixel': 'pixels', '': 'reasoning'}
 NAMES = {'auroc': 'AUROC', 'aupr': 'AUPR', 'acc': 'ACC', 'f1': 'F1-max', 'pro': 'PRO', 'rouge_l': 'ROUGE-L', 'sbert': 'SBERT'}
 
 def numbers_table(
