@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['INSTALL', 'LITE0', 'LITE0_PACKAGE', 'LAYERS', 'CORESET', 'KEEP', 'available', 'torch_models', 'find_weights',
-           'read_weights', 'kind', 'build', 'seeded', 'to_tensor', 'fit', 'coreset', 'baseline', 'answer']
+           'read_weights', 'kind', 'build', 'seeded', 'to_tensor', 'fit', 'coreset', 'baseline', 'answer', 'keep',
+           'kept', 'check_weights', 'evaluate_baseline']
 
 # %% ../nbs/10c_baselines.ipynb #c002
 import importlib.util
 import io
+import json
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 
@@ -20,8 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from .datasets import labelled
+from .evaluation import IMAGES, SETTINGS, Result, by_category, packed, recorded, store
 from .images import BadImage, one_line, read_image, show_name
 from .inspection import Failure
+from .reports import as_json, write_atomic
 
 # %% ../nbs/10c_baselines.ipynb #c006
 INSTALL = 'pip install "readl_nb[baselines]"'
@@ -188,3 +194,52 @@ def answer(model, path, size, device):
     except BadImage as error: return Failure(show_name(path), f'{error.reason}; {error.mend}')
     found = model(image.to(device))
     return float(found.pred_score), found.anomaly_map[0, 0].float().cpu().numpy()
+
+# %% ../nbs/10c_baselines.ipynb #c021
+def keep(out: Path, result: Result, found) -> None:
+    "Nothing; score and map of one image are stored. An image that failed is tried again by the next run."
+    if not isinstance(found, tuple): return
+    (map, exponent), row = packed(found[1][None]), dict(path=result['path'])
+    store(out, row, dict(log_odds=found[0]), dict(map=map, map_exponent=exponent), '')
+
+def kept(out: Path, result: Result) -> Result:
+    "What was stored for the image of `result`."
+    file = out/IMAGES/result.file.name
+    found = recorded(file)
+    more = dict(failure='the baseline could not read it') if found is None else dict(log_odds=found['log_odds'], failure='')
+    return Result(result.record | dict(answer=None, text='', reasoning='') | more, file, result.root)
+
+def check_weights(out: Path, weights) -> None:
+    "Nothing; OUT/settings.json says which weights were used. Raises `ValueError`, one line, when it names others."
+    about = dict(weights=None if weights is None else str(weights))
+    try: there = json.loads((out/SETTINGS).read_text(encoding='utf8'))
+    except (OSError, ValueError): there = about
+    if there != about: raise ValueError(f'{show_name(out)} holds results of other weights ({show_name(str(there.get("weights")))}); choose another folder')
+    (out/IMAGES).mkdir(parents=True, exist_ok=True)
+    write_atomic(out/SETTINGS, lambda file: file.write(as_json(about).encode()))
+
+# %% ../nbs/10c_baselines.ipynb #c022
+def evaluate_baseline(
+    name: str,               # 'padim' or 'patchcore'
+    results: list[Result],   # of `evaluate`: the images to measure
+    data,                    # the dataset they are from: its normal images of the split 'train' are learnt from
+    out,                     # folder to keep the results in, one a baseline
+    weights=None,            # as for `baseline`
+    device: str | None = None,
+    progress: bool = True,
+    layout: str | None = None,   # of the dataset, where it should not be recognised
+) -> list[Result] | str:
+    "A `Result` an image, with the score as log_odds; or the sentence why there are none."
+    if reason := available(): return reason
+    out, some = Path(out), [result for result in results if not result['failure']]
+    try:
+        check_weights(out, weights)
+        rows, normal = labelled(data, 'train', layout=layout).with_format(None).to_list(), defaultdict(list)
+        for row in rows:
+            if not row['label']: normal[row['category']].append(row['path'])
+        for category, group in by_category(some).items():
+            if all(recorded(out/IMAGES/result.file.name) for result in group): continue
+            found = baseline(name, normal[category], [str(result.root/result['path']) for result in group], weights, device=device, progress=progress)
+            for result, each in zip(group, found): keep(out, result, each)
+    except (OSError, ValueError) as error: return one_line(error)
+    return [kept(out, result) for result in some]

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['at_least', 'inspect_parser', 'say', 'gather', 'quiet_transformers', 'run_inspection', 'write_all', 'readl_inspect',
-           'evaluate_parser', 'answerer_of', 'is_qwen', 'sbert_of', 'baseline_results', 'baseline_folder',
-           'training_images', 'keep', 'from_baseline', 'run_evaluation', 'measured', 'told', 'readl_evaluate',
-           'datasets_parser', 'layout_list', 'run_datasets', 'readl_datasets', 'stage_fields', 'pretrain_parser',
-           'readl_pretrain', 'train_parser', 'train_config', 'readl_train']
+           'variable_name', 'evaluate_parser', 'answerer_of', 'is_qwen', 'sbert_of', 'run_evaluation', 'measured',
+           'told', 'readl_evaluate', 'datasets_parser', 'layout_list', 'run_datasets', 'readl_datasets', 'stage_fields',
+           'pretrain_parser', 'readl_pretrain', 'train_parser', 'train_config', 'readl_train']
 
 # %% ../nbs/14_commands.ipynb #c003
 import argparse
@@ -127,6 +126,14 @@ def readl_inspect(
     except (OSError, ValueError) as error: say(' '.join(str(error).split())); return 1
 
 # %% ../nbs/14_commands.ipynb #c022
+def variable_name(
+    text, # as typed
+) -> str | None:
+    "A type for argparse: the name of an environment variable; None for the word none."
+    if not (text.isascii() and text.isidentifier()): raise argparse.ArgumentTypeError('this is not the name of an environment variable (letters, digits, _): give the name, never the key')
+    return None if text == 'none' else text
+
+# %% ../nbs/14_commands.ipynb #c023
 def evaluate_parser() -> argparse.ArgumentParser:
     "The parser of `readl_evaluate`."
     parser = argparse.ArgumentParser('readl_evaluate', description='Measure a vision-language model on a dataset: image level, pixel level, reasoning, beside trivial answers. Stopped at any moment, the same command goes on.',
@@ -146,13 +153,15 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add('--max-new-tokens', type=at_least(1, int), default=512, metavar='N', help='length of a response at most, in tokens (default: 512)')
     add('--side', type=at_least(0, int), default=420, metavar='N', help='maps and masks are compared at N x N pixels; 0 takes the size of each image (default: 420)')
     add('--tier', type=int, choices=(1, 2, 3), default=1, help='prompt: 1 think and answer in tags, with maps; 2 reasoning, then Yes or No; 3 state and justify briefly (default: 1)')
-    add('--endpoint', metavar='URL', help='ask an OpenAI-compatible server; its key is read from OPENAI_API_KEY')
+    add('--endpoint', metavar='URL', help='ask an OpenAI-compatible server')
+    add('--key-variable', type=variable_name, default='OPENAI_API_KEY', metavar='NAME', help='with --endpoint: environment variable that holds the key of the server; none sends no key (default: OPENAI_API_KEY)')
+    add('--per-minute', type=at_least(0, float), default=60., metavar='N', help='with --endpoint: requests a minute at most, of all processes together; 0 sets no limit (default: 60)')
     add('--baselines', nargs='+', choices=('padim', 'patchcore'), default=[], metavar='B', help='padim, patchcore: trained on the normal training images, measured on the same images (extra baselines)')
     add('--weights', metavar='PATH', help='network of the baselines: file, folder or name of timm')
     add('--sbert', metavar='M', help='folder or name of a sentence-transformers model (default: all-MiniLM-L6-v2 where it is installed)')
     return parser
 
-# %% ../nbs/14_commands.ipynb #c025
+# %% ../nbs/14_commands.ipynb #c026
 def answerer_of(
     options: argparse.Namespace,  # parsed arguments
 ):
@@ -160,8 +169,10 @@ def answerer_of(
     if not options.endpoint and options.tier == 1 and is_qwen(options.model): return None
     if options.adapter: raise ValueError('--adapter goes with the maps of tier 1 of a Qwen2.5-VL; leave it out, or leave out --tier and --endpoint')
     from readl_nb.answers import Endpoint, LocalModel
-    if options.endpoint: return Endpoint(options.endpoint, options.model, options.tier)
-    return LocalModel(options.model, options.device, tier=options.tier, batch_size=options.batch_size)
+    from readl_nb.training import device_of
+    share = options.per_minute / int(os.environ.get('WORLD_SIZE', 1))   # each process keeps its own pace
+    if options.endpoint: return Endpoint(options.endpoint, options.model, options.tier, options.key_variable, share)
+    return LocalModel(options.model, str(device_of(options.device)), tier=options.tier, batch_size=options.batch_size)
 
 def is_qwen(model: str) -> bool:
     "Whether a model is one whose attention can be captured; True where its settings cannot be read: `load_vlm` says why."
@@ -179,68 +190,7 @@ def sbert_of(
     try: return None if sbert_missing() else load_sbert(None, options.device, local_files_only=True)
     except ValueError: return None
 
-# %% ../nbs/14_commands.ipynb #c027
-def baseline_results(
-    name: str,                    # 'padim' or 'patchcore'
-    results: list,                # of `evaluate`: the images to measure
-    options: argparse.Namespace,  # parsed arguments
-):
-    "A `Result` an image, or the sentence why there are none. Finished categories are not done again."
-    from readl_nb.baselines import available, baseline
-    from readl_nb.evaluation import by_category
-    if reason := available(): return reason
-    done, kept = [result for result in results if not result['failure']], []
-    try:
-        folder, normal = baseline_folder(name, options), training_images(options)
-        for category, some in by_category(done).items():
-            if not all((folder/'images'/result.file.name).is_file() for result in some):
-                found = baseline(name, normal.get(category, []), [str(result.root/result['path']) for result in some], options.weights, device=options.device)
-                for result, each in zip(some, found): keep(folder, result, each)
-            kept += [from_baseline(folder, result) for result in some]
-    except ValueError as error: return str(error)
-    return kept
-
 # %% ../nbs/14_commands.ipynb #c028
-def baseline_folder(name: str, options: argparse.Namespace):
-    "Where the results of a baseline are kept. Raises `ValueError`, one line, when they are of other weights."
-    import json
-    from pathlib import Path
-    from readl_nb.reports import as_json, write_atomic
-    folder = Path(options.out)/'baselines'/name
-    (folder/'images').mkdir(parents=True, exist_ok=True)
-    about = dict(weights=options.weights)
-    try: there = json.loads((folder/'settings.json').read_text(encoding='utf8'))
-    except (OSError, ValueError): there = None
-    if there not in (None, about): raise ValueError(f'{folder} holds results of other weights ({there.get("weights")}); remove it or choose another --out')
-    write_atomic(folder/'settings.json', lambda file: file.write(as_json(about).encode()))
-    return folder
-
-def training_images(options: argparse.Namespace) -> dict:
-    "category -> its normal training images. Raises `ValueError`, one line, when there are none."
-    from readl_nb.datasets import labelled
-    rows = labelled(options.dataset, 'train', options.categories, layout=options.layout).with_format(None).to_list()
-    normal = {}
-    for row in rows:
-        if not row['label']: normal.setdefault(row['category'], []).append(row['path'])
-    return normal
-
-def keep(folder, result, found) -> None:
-    "Nothing; score and map of one image are stored. An image that failed is tried again by the next run."
-    from readl_nb.evaluation import packed, store
-    if not isinstance(found, tuple): return
-    score, pixels = found
-    (stored, exponent), row = packed(pixels[None]), dict(path=result['path'])
-    store(folder, row, dict(log_odds=score), dict(map=stored, map_exponent=exponent), '')
-
-def from_baseline(folder, result):
-    "The `Result` of a baseline for an image of ours."
-    from readl_nb.evaluation import Result, recorded
-    file = folder/'images'/result.file.name
-    found = recorded(file)
-    more = dict(failure='the baseline could not read it') if found is None else dict(log_odds=found['log_odds'], answer=None, text='', failure='')
-    return Result(result.record | more, file, result.root)
-
-# %% ../nbs/14_commands.ipynb #c030
 def run_evaluation(
     options: argparse.Namespace,  # parsed arguments
 ) -> int:
@@ -262,9 +212,11 @@ def measured(results: list, options: argparse.Namespace):
     "Summary and page of an evaluation; writes results.parquet, summary.json and the page."
     import json
     from pathlib import Path
+    from readl_nb.baselines import evaluate_baseline
     from readl_nb.evaluation import save_summary, summarise
     from readl_nb.results import write_page
-    summary = summarise(results, options.side or None, others={name: baseline_results(name, results, options) for name in options.baselines}, sbert=sbert_of(options))
+    others = {name: evaluate_baseline(name, results, options.dataset, Path(options.out)/'baselines'/name, options.weights, options.device, layout=options.layout) for name in options.baselines}
+    summary = summarise(results, options.side or None, others=others, sbert=sbert_of(options))
     save_summary(options.out, results, summary)
     made_by = json.loads((Path(options.out)/'settings.json').read_text(encoding='utf8'))['made_by']
     answerer = made_by.get('answerer') or {}
@@ -272,7 +224,7 @@ def measured(results: list, options: argparse.Namespace):
                  adapter=made_by.get('adapter'), tier=options.tier, endpoint=options.endpoint, tokens=f'{options.max_new_tokens} at most')
     return summary, write_page(options.out, results, summary, facts)
 
-# %% ../nbs/14_commands.ipynb #c031
+# %% ../nbs/14_commands.ipynb #c029
 def told(results, summary, page, options) -> int:
     "The exit code, after the table or the JSON was printed."
     import shutil
@@ -302,7 +254,7 @@ def readl_evaluate(
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
     except (AssertionError, OSError, RuntimeError, ValueError) as error: say(who + ' '.join(str(error).split())[:500], 'readl_evaluate'); return 1
 
-# %% ../nbs/14_commands.ipynb #c039
+# %% ../nbs/14_commands.ipynb #c038
 def datasets_parser() -> argparse.ArgumentParser:
     "The parser of `readl_datasets`."
     parser = argparse.ArgumentParser('readl_datasets', description='Known datasets, and whether a copy is complete and unchanged. Nothing is downloaded.',
@@ -318,7 +270,7 @@ def datasets_parser() -> argparse.ArgumentParser:
     add('verify', 'compare a folder with its manifest', 'DIR', 'FILE')
     return parser
 
-# %% ../nbs/14_commands.ipynb #c040
+# %% ../nbs/14_commands.ipynb #c039
 def layout_list() -> str:
     "The known layouts as text."
     import textwrap
@@ -355,7 +307,7 @@ def readl_datasets(
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
     except (OSError, ValueError) as error: say(' '.join(str(error).split())[:500], 'readl_datasets'); return 1
 
-# %% ../nbs/14_commands.ipynb #c046
+# %% ../nbs/14_commands.ipynb #c045
 def stage_fields(
     text, # LESSON:STEPS:IMAGES or LESSON:STEPS:IMAGES:rest
 ) -> tuple[str, int, int, bool]:
@@ -367,7 +319,7 @@ def stage_fields(
         raise argparse.ArgumentTypeError(f'{text!r}: the lesson is close, mixed or single, the numbers are 1 or more, and only :rest may follow')
     return lesson, steps, images, parts[3:] == ['rest']
 
-# %% ../nbs/14_commands.ipynb #c047
+# %% ../nbs/14_commands.ipynb #c046
 def pretrain_parser() -> argparse.ArgumentParser:
     "The parser of `readl_pretrain`."
     parser = argparse.ArgumentParser('readl_pretrain', description='Train readl-tiny from nothing on generated images. Stopped at any moment, the same command goes on from the last saved state.')
@@ -382,7 +334,7 @@ def pretrain_parser() -> argparse.ArgumentParser:
     add('--stop-at', type=at_least(1, int), metavar='N', help='stop after this step, to go on later')
     return parser
 
-# %% ../nbs/14_commands.ipynb #c048
+# %% ../nbs/14_commands.ipynb #c047
 def readl_pretrain(
     arguments: list[str] | None = None,  # the command line without the program; that of the process when left out
 ) -> int:
@@ -398,7 +350,7 @@ def readl_pretrain(
     say(f'the model is in {model}', 'readl_pretrain')
     return 0
 
-# %% ../nbs/14_commands.ipynb #c052
+# %% ../nbs/14_commands.ipynb #c051
 def train_parser() -> argparse.ArgumentParser:
     "The parser of `readl_train`."
     parser = argparse.ArgumentParser('readl_train', description='Train an adapter of a vision-language model with image-level labels only, by GRPO. Stopped at any moment, the same command goes on from the last checkpoint.',
@@ -418,7 +370,7 @@ def train_parser() -> argparse.ArgumentParser:
     add('--device', metavar='D', help='cpu or cuda (default: the GPU when there is one; CUDA_VISIBLE_DEVICES=N chooses among several)')
     return parser
 
-# %% ../nbs/14_commands.ipynb #c053
+# %% ../nbs/14_commands.ipynb #c052
 def train_config(
     options: argparse.Namespace,  # parsed arguments
 ):
@@ -431,7 +383,7 @@ def train_config(
     settings = read_settings(file) if file else {}
     return CGROConfig(**settings | {name: value for name, value in given.items() if value is not None})
 
-# %% ../nbs/14_commands.ipynb #c054
+# %% ../nbs/14_commands.ipynb #c053
 def readl_train(
     arguments: list[str] | None = None,  # the command line without the program; that of the process when left out
 ) -> int:

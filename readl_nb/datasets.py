@@ -28,7 +28,7 @@ from skimage.draw import disk, polygon
 from tqdm.auto import tqdm
 
 from .images import MAX_PIXELS, SUFFIXES, BadImage, one_line, open_picture, read_image, show_name
-from .layouts import COLUMNS, LAYOUTS, UNNAMED, Layout, inside, make_row, read_rows, recognise
+from .layouts import COLUMNS, LAYOUTS, Layout, inside, make_row, read_rows, recognise
 
 # %% ../nbs/01b_datasets.ipynb #c008
 HELD_OUT = .25   # share of each stratum of 'elpv' that makes its test part

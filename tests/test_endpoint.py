@@ -1,5 +1,5 @@
 "Endpoints as a user meets them: Hugging Face's own server with readl-tiny behind it, and a server that misbehaves."
-import base64, json, os, socket, subprocess, sys, threading, time
+import base64, json, os, shutil, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx2, numpy as np, pytest
 from PIL import Image
 from transformers.utils.import_utils import is_serve_available
-from readl_nb.answers import TIERS, Answer, Endpoint, LocalModel, settings
+from readl_nb.answers import TIERS, Answer, Endpoint, LocalModel, settings, weights_digest
 from readl_nb.images import read_image
 from readl_nb.inspection import Failure
-from readl_nb.models import fitted
+from readl_nb.models import fitted, model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = 'readl_nb/readl_tiny'
@@ -96,6 +96,24 @@ def test_key_is_never_written(served, images, tmp_path):
     (tmp_path/'answers.txt').write_text('\n'.join(map(str, [*answers, endpoint, vars(endpoint)])))
     for folder in (tmp_path, served[1]):
         for file in folder.iterdir(): assert KEY not in file.read_text() and KEY[3:] not in file.read_text(), file.name
+
+def test_settings_hold_no_key_that_stands_in_fields():
+    fields = dict(user=f'me-{KEY}', metadata=[dict(note=f'Bearer {KEY}', api_key='another-0123456789')], top_p=.9, max_tokens=None, max_completion_tokens=7, logit_bias={5: -1})
+    endpoint = Endpoint('http://127.0.0.1:9/v1', f'model-{KEY}', key_variable='CONTRACT_KEY', fields=fields)
+    said = json.dumps(settings(endpoint))
+    assert KEY not in said and KEY[3:] not in said and 'another-0123456789' not in said and KEY not in repr(endpoint)
+    assert json.loads(said) == settings(endpoint), 'a run could not go on: its settings differ from those it wrote'
+    assert settings(endpoint)['fields'] == dict(user='me-[key]', metadata=[dict(note='Bearer [key]', api_key='[key]')], top_p=.9, max_tokens=None, max_completion_tokens=7, logit_bias={'5': -1})
+    assert endpoint.fields is fields and fields['user'] == f'me-{KEY}', 'what is sent was changed'
+
+def test_settings_of_a_folder_name_it_and_its_weights(tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(model_path('readl-tiny'), tmp_path/'other'))
+    monkeypatch.chdir(tmp_path)
+    said, same = settings(LocalModel('other', 'cpu')), settings(LocalModel(str(folder), 'cpu'))
+    assert said == same and said['model'] == str(folder) and said['weights'] == weights_digest(folder) == settings(LocalModel(device='cpu'))['weights']
+    assert settings(LocalModel(device='cpu'))['model'] == 'readl-tiny'
+    with open(folder/'model.safetensors', 'r+b') as file: file.seek(-4, 2); file.write(b'\1\2\3\4')
+    assert weights_digest(folder) != said['weights']
 
 # --- a server that misbehaves ---
 

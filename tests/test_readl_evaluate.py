@@ -1,9 +1,10 @@
 "What has to hold for `readl_evaluate` and `readl_datasets` as a user runs them: killed, started on two processes, given broken images or the folder of another model, the numbers are the same or one sentence says why not."
-import json, shutil, subprocess, sys, time
+import json, shutil, subprocess, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pandas as pd
 import pytest
-from readl_nb.commands import readl_datasets, readl_evaluate
+from readl_nb.commands import answerer_of, evaluate_parser, readl_datasets, readl_evaluate
 from readl_nb.evaluation import load_results
 from readl_nb.scaling import launch_file
 
@@ -132,6 +133,48 @@ def test_two_processes_merge_to_the_same_numbers(made, tmp_path):
         assert (one['path'], one['text'], one['answer']) == (two['path'], two['text'], two['answer'])
         assert abs(one.grid_map - two.grid_map).max() < 1e-4 * abs(one.grid_map).max() + 1e-6
     assert len(sentence(done.stderr)) == 1, 'the second process speaks too'
+
+@pytest.fixture
+def server():
+    "Address of a server that always says No, and the Authorization of each request."
+    seen = []
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers['Content-Length'])); seen.append(self.headers.get('Authorization'))
+            said = json.dumps(dict(choices=[dict(message=dict(content='No, it is even.'), finish_reason='stop')])).encode()
+            self.send_response(200); self.send_header('Content-Length', str(len(said))); self.end_headers(); self.wfile.write(said)
+        def log_message(self, *words): pass
+    found = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{found.server_port}/v1', seen
+    found.shutdown(); found.server_close()
+
+@pytest.mark.parametrize('name', ['OPENAI_API_KEY', 'CONTRACT_KEY', 'none'])
+def test_endpoint_gets_the_key_that_was_named_and_no_file_does(made, tmp_path, capsys, monkeypatch, server, name):
+    keys = dict(OPENAI_API_KEY='sk-Usual-0123456789', CONTRACT_KEY='sk-Named-0123456789')
+    for variable, key in keys.items(): monkeypatch.setenv(variable, key)
+    more = ['--endpoint', server[0], '--model', 'NAME', '--tier', 3, '--per-minute', 0, '--json', *(['--key-variable', name] if name != 'OPENAI_API_KEY' else [])]
+    code, said, error = here(capsys, made, tmp_path/'run', *more)
+    assert code == 0 and strict(said)['counts']['evaluated'] == 6
+    assert server[1] == [f'Bearer {keys[name]}' if name in keys else None] * 6
+    written = b''.join(path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()) + (said + error).encode()
+    assert not any(key[3:].encode() in written for key in keys.values())
+    code, again, _ = here(capsys, made, tmp_path/'run', *more, '--per-minute', 30)
+    assert code == 0 and len(server[1]) == 6 and strict(again) == strict(said), 'another pace is no other model, and nothing is asked twice'
+
+def test_processes_share_the_pace_and_each_takes_its_own_device(monkeypatch):
+    asked = lambda *more: answerer_of(evaluate_parser().parse_args(['DATASET', '--tier', '3', *more]))
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    endpoint = asked('--endpoint', 'http://127.0.0.1:9/v1', '--model', 'NAME', '--per-minute', '120')
+    assert endpoint.per_minute == 30 and endpoint.workers == 1
+    monkeypatch.setattr('readl_nb.training.device_of', lambda device: f'the own one of {device}')
+    monkeypatch.setattr('readl_nb.answers.LocalModel', lambda name, device, **more: (name, device, more['tier']))
+    assert asked() == ('readl-tiny', 'the own one of None', 3)
+
+@pytest.mark.parametrize('name', ['sk-proj-0123456789', '', 'A B'])
+def test_a_key_in_place_of_its_name_is_not_repeated(made, tmp_path, capsys, name):
+    with pytest.raises(SystemExit) as stop: readl_evaluate(command(made, tmp_path/'run', '--endpoint', 'http://127.0.0.1:9/v1', '--key-variable', name, start=[]))
+    assert stop.value.code == 2 and 'never the key' in (error := capsys.readouterr().err) and '0123456789' not in error and not (tmp_path/'run').exists()
 
 @pytest.mark.parametrize('more', [[], ['--categories', 'marble'], ['--layout', 'mvtek'], ['--split', 'validation']])
 def test_what_cannot_begin_is_one_sentence(made, tmp_path, capsys, more):
