@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTALL', 'LITE0', 'LITE0_PACKAGE', 'LAYERS', 'CORESET', 'KEEP', 'available', 'torch_models', 'find_weights',
            'read_weights', 'kind', 'build', 'seeded', 'to_tensor', 'fit', 'coreset', 'baseline', 'answer', 'keep',
-           'kept', 'check_weights', 'evaluate_baseline']
+           'kept', 'check_weights', 'warn_of_duplicates', 'evaluate_baseline']
 
 # %% ../nbs/10c_baselines.ipynb #c002
 import importlib.util
@@ -28,6 +28,7 @@ from .evaluation import IMAGES, SETTINGS, Result, by_category, packed, recorded,
 from .images import BadImage, one_line, read_image, show_name
 from .inspection import Failure
 from .reports import as_json, write_atomic
+from .training import digest
 
 # %% ../nbs/10c_baselines.ipynb #c006
 INSTALL = 'pip install "readl_nb[baselines]"'
@@ -219,6 +220,17 @@ def check_weights(out: Path, weights) -> None:
     write_atomic(out/SETTINGS, lambda file: file.write(as_json(about).encode()))
 
 # %% ../nbs/10c_baselines.ipynb #c022
+def warn_of_duplicates(
+    name: str,               # of the baseline
+    train_paths,             # what it learns from
+    results: list[Result],   # what it is measured on
+) -> None:
+    "Nothing; one warning when training images are among the measured ones, to the byte."
+    measured = {result.record.get('sha256') for result in results}
+    doubles = [path for path in train_paths if digest(path) in measured]
+    if doubles: warnings.warn(f'{len(doubles)} training image{"s are" if len(doubles) > 1 else " is"} among the test images, as {show_name(doubles[0])}: the numbers of {name} are too good; readl_datasets check lists such images', stacklevel=3)
+
+# %% ../nbs/10c_baselines.ipynb #c023
 def evaluate_baseline(
     name: str,               # 'padim' or 'patchcore'
     results: list[Result],   # of `evaluate`: the images to measure
@@ -237,6 +249,7 @@ def evaluate_baseline(
         rows, normal = labelled(data, 'train', layout=layout).with_format(None).to_list(), defaultdict(list)
         for row in rows:
             if not row['label']: normal[row['category']].append(row['path'])
+        warn_of_duplicates(name, sum(normal.values(), []), some)
         for category, group in by_category(some).items():
             if all(recorded(out/IMAGES/result.file.name) for result in group): continue
             found = baseline(name, normal[category], [str(result.root/result['path']) for result in group], weights, device=device, progress=progress)

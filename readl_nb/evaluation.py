@@ -6,11 +6,10 @@
 __all__ = ['IMAGES', 'FAILED', 'SETTINGS', 'ROWS', 'NOT_YET', 'CAPTURED', 'MAPS', 'IMAGE', 'PIXEL', 'TEXT', 'BOUND', 'TRIVIAL',
            'PARQUET', 'SUMMARY', 'COLUMNS', 'spread', 'rows_of', 'packed', 'unpacked', 'key_of', 'evidence', 'answered',
            'store', 'store_failure', 'recorded', 'Result', 'resized', 'read_folder', 'collected', 'load_results',
-           'failure_of', 'weights_digest', 'settings_of', 'results_folder', 'differences', 'check_results_folder',
-           'same_image', 'asked', 'todo', 'checksum', 'begin', 'evaluate', 'rescored', 'all_tokens',
-           'zero_where_normal', 'mean_of', 'by_category', 'image_level', 'pixel_level', 'add_pixels', 'chance',
-           'trivial_level', 'line', 'counts_of', 'reasoning_level', 'rows_to_show', 'summarise', 'save_summary',
-           'shown', 'beside']
+           'failure_of', 'settings_of', 'results_folder', 'differences', 'check_results_folder', 'same_image', 'asked',
+           'todo', 'checksum', 'begin', 'evaluate', 'rescored', 'all_tokens', 'zero_where_normal', 'mean_of',
+           'by_category', 'image_level', 'pixel_level', 'add_pixels', 'chance', 'trivial_level', 'line', 'counts_of',
+           'reasoning_level', 'rows_to_show', 'summarise', 'save_summary', 'shown', 'beside']
 
 # %% ../nbs/10_evaluation.ipynb #c002
 import hashlib
@@ -33,7 +32,7 @@ from scipy.ndimage import label, maximum
 from tqdm.auto import tqdm
 
 from .aggregation import to_pixels
-from .answers import settings as answerer_settings
+from .answers import settings as answerer_settings, weights_digest
 from .attention import TokenAttention
 from .datasets import labelled, read_mask
 from .images import BadImage, one_line, read_image, show_name
@@ -167,7 +166,6 @@ class Result:
 
     def __getitem__(self, name): return self.record[name]
     def __repr__(self): return f"Result({show_name(self['path'])}, {self['defect']}, {'failed' if self['failure'] else self['answer']})"
-
     @property
     def tensors(self) -> dict:
         "The arrays of the file, {} without one."
@@ -254,17 +252,6 @@ NOT_YET = 'not evaluated yet; the same call goes on'
 
 # %% ../nbs/10_evaluation.ipynb #c021
 CAPTURED = ('row', 'tokens', 'words', 'layers', 'heads')   # choices of ReALConfig that need the model; all others can be tried afterwards
-
-def weights_digest(
-    folder,   # of a model
-) -> str | None:
-    "A hash over its safetensors files: names, sizes and the first 16 MB of each; None when it is no folder."
-    if not os.path.isdir(folder): return None
-    found = hashlib.sha256()
-    for file in sorted(Path(folder).glob('*.safetensors')):
-        found.update(f'{file.name} {file.stat().st_size}'.encode())
-        with open(file, 'rb') as opened: found.update(opened.read(1 << 24))
-    return found.hexdigest()
 
 def settings_of(
     model, adapter,        # as `load_vlm` takes them
