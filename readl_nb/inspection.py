@@ -4,16 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEGEND', 'STYLE', 'COLUMNS', 'POINTS', 'PITCH', 'LETTER', 'choice', 'ReALConfig', 'check_config', 'config_table',
-           'Scores', 'score_tokens', 'peak', 'Failure', 'Inspection', 'malformed', 'notes', 'finite', 'as_record',
-           'weighted_map', 'assemble', 'pieces', 'relative', 'reasoning_html', 'fit', 'overlay', 'panels', 'data_uri',
-           'verdict', 'card', 'layout', 'place', 'write', 'draw', 'printable', 'look', 'seeded', 'seen_by',
-           'read_again', 'look_safely', 'why', 'check_prompt', 'inspect_batch', 'path_of', 'read_or_fail',
-           'inspect_images', 'inspect_image']
+           'Scores', 'score_tokens', 'peak', 'Failure', 'Inspection', 'malformed', 'notes', 'as_record', 'weighted_map',
+           'assemble', 'relative', 'reasoning_html', 'overlay', 'panels', 'shown', 'card', 'layout', 'place', 'write',
+           'draw', 'printable', 'look', 'seeded', 'seen_by', 'read_again', 'look_safely', 'why', 'check_prompt',
+           'inspect_batch', 'path_of', 'read_or_fail', 'inspect_images', 'inspect_image']
 
 # %% ../nbs/06_inspection.ipynb #c003
-import base64
 import html
-import math
 import os
 import textwrap
 import time
@@ -37,6 +34,7 @@ from .attention import (ANOMALY_WORDS, Layout, TokenAttention, anomaly_word_posi
 from .images import BadImage, find_images, one_line, read_image, show_name
 from .models import VLM, Prompt, Response, generate, load_vlm, prepare
 from .scoring import normalise, semantic_relevance, spatial_entropy, threshold
+from .viewer_page import data_uri, finite, fit, framed, in_words, page, pieces, verdict, view_of
 
 # %% ../nbs/06_inspection.ipynb #c007
 def choice(default, reason, alternatives):
@@ -161,13 +159,14 @@ class Inspection:
     map_max_xy: list | None    # [x, y] of its highest pixel; None when the map is all zeros
     peak_box: list | None      # [left, top, right, bottom] around the region above half of it
     seconds: float             # time for this image; a share of the batch
+    config: ReALConfig = ReALConfig()  # the open choices it was made with
 
     @property
     def notes(self) -> tuple[str, ...]: return notes(self)
     def to_dict(self, map_path=None) -> dict: return as_record(self, map_path)
     def figure(self, top=6) -> Figure: return draw(self, top)
     def __repr__(self): return f'Inspection({show_name(self.path)!r}, {verdict(self)}, {int(self.scores.kept.sum())} of {len(self.scores.kept)} tokens kept, peak box {self.peak_box})'
-    def _repr_html_(self): return f'<style>{STYLE}</style>' + card(self, *map(data_uri, panels(self)), f'<p class="legend">{LEGEND}</p>')
+    def _repr_html_(self): return shown(self)
 
 # %% ../nbs/06_inspection.ipynb #c028
 def malformed(
@@ -192,12 +191,6 @@ def notes(
     return tuple(said)
 
 # %% ../nbs/06_inspection.ipynb #c031
-def finite(
-    value,  # a number or None
-) -> float | None:
-    "`value` as a float, or None where JSON has no number for it."
-    return float(value) if value is not None and math.isfinite(value) else None
-
 def as_record(
     inspection: Inspection,  # an inspected image
     map_path=None,           # where the map was saved, if it was
@@ -234,23 +227,9 @@ def assemble(
     scores = score_tokens(attention, config)
     grid = weighted_map(attention, scores, config)
     pixels = np.asarray(to_pixels(grid, (image.height, image.width)), np.float32)
-    return Inspection(path, image, response, attention, scores, grid, pixels, *peak(pixels), seconds + time.perf_counter() - started)
+    return Inspection(path, image, response, attention, scores, grid, pixels, *peak(pixels), seconds + time.perf_counter() - started, config)
 
-# %% ../nbs/06_inspection.ipynb #c037
-def pieces(
-    text: str,  # the response
-    spans,      # [(start, end)] character offsets of the T tokens, ascending
-) -> list[tuple[str, int | None]]:
-    "`text` in order as (piece, number of its token or None); joined they give `text` again, also where tokens share a character."
-    parts, at = [], 0
-    for number, (start, end) in enumerate(spans):
-        start = max(start, at)
-        if start > at: parts.append((text[at:start], None))
-        if end > start: parts.append((text[start:end], number)); at = end
-    if at < len(text): parts.append((text[at:], None))
-    return parts
-
-# %% ../nbs/06_inspection.ipynb #c040
+# %% ../nbs/06_inspection.ipynb #c038
 def relative(weights):
     "`weights` divided by the largest, all 0 when that is 0."
     weights = np.asarray(weights, float)
@@ -270,15 +249,7 @@ def reasoning_html(
         parts.append(text[:len(text) - len(word)] + f'<{tag} class="token" style="--w:{shades[t]:.2f}" title="{about}">{html.escape(word)}</{tag}>')
     return ''.join(parts)
 
-# %% ../nbs/06_inspection.ipynb #c043
-def fit(
-    image: Image.Image,  # any image
-    side: int,           # the longer side of the result
-) -> Image.Image:
-    "`image` scaled to `side`; small ones are enlarged, so that maps and boxes over them are drawn as fine as over large ones."
-    scale = side / max(image.size)
-    return image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC, reducing_gap=2)
-
+# %% ../nbs/06_inspection.ipynb #c041
 def overlay(
     image: Image.Image,    # the image
     pixels: np.ndarray,    # [H, W] or [h, w] map over it
@@ -301,7 +272,7 @@ def overlay(
         ImageDraw.Draw(small).rectangle(frame, outline='black', width=3); ImageDraw.Draw(small).rectangle(frame, outline='white', width=1)
     return small
 
-# %% ../nbs/06_inspection.ipynb #c044
+# %% ../nbs/06_inspection.ipynb #c042
 def panels(
     inspection: Inspection,  # an inspected image
     side: int = 420,         # the longer side
@@ -309,14 +280,14 @@ def panels(
     "Two pictures to show: the image, and the map over it."
     return [fit(inspection.image, side), overlay(inspection.image, inspection.grid_map if inspection.anomaly_map.size > 4e6 else inspection.anomaly_map, inspection.peak_box, side)]
 
-def data_uri(
-    image: Image.Image,  # a small picture
+def shown(
+    inspection: Inspection,  # an inspected image
 ) -> str:
-    "`image` as a JPEG that stands inside a page."
-    buffer = BytesIO(); image.save(buffer, 'JPEG', quality=88)
-    return 'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
+    "HTML of the token viewer in a frame; below it the same in words with a small picture, for places that strip frames."
+    view = view_of(inspection)
+    return framed(page([view]), text=in_words([view]), picture=data_uri(panels(inspection, 240)[1], 80))
 
-# %% ../nbs/06_inspection.ipynb #c046
+# %% ../nbs/06_inspection.ipynb #c044
 LEGEND = 'Shade: weight of the token. Underlined: kept, so part of the map.'
 STYLE = '''
 .readl{font:14px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;max-width:720px;overflow-wrap:anywhere}
@@ -333,15 +304,7 @@ STYLE = '''
 .readl .rest{opacity:.65}
 '''
 
-# %% ../nbs/06_inspection.ipynb #c047
-def verdict(
-    inspection: Inspection,  # an inspected image
-) -> str:
-    "The answer in words, with its log-odds."
-    answer = {'Yes': 'Yes: defect', 'No': 'No: normal'}.get(inspection.response.answer, 'no answer')
-    odds = finite(inspection.response.log_odds)
-    return answer if odds is None else f'{answer} (log-odds {odds:+.1f})'
-
+# %% ../nbs/06_inspection.ipynb #c045
 def card(
     inspection: Inspection,  # an inspected image
     image_source: str,       # address of the small image
@@ -359,7 +322,7 @@ def card(
         + f'<p class="reasoning">{reasoning_html(inspection)}</p>'
         + more + '</article>')
 
-# %% ../nbs/06_inspection.ipynb #c051
+# %% ../nbs/06_inspection.ipynb #c049
 COLUMNS, POINTS, PITCH = 120, 8, 14   # letters a line, size of the letters and distance of the lines in points
 LETTER = .602                         # width of a letter of DejaVu Sans Mono at size 1
 
@@ -381,7 +344,7 @@ def layout(
             if broken: line, column = line + 1, 0
     return [run for run in runs if run[0] < most]
 
-# %% ../nbs/06_inspection.ipynb #c054
+# %% ../nbs/06_inspection.ipynb #c052
 def place(
     axis,                  # axes measured in points
     picture: Image.Image,  # what to show
@@ -414,7 +377,7 @@ def write(
             if inspection.scores.kept[token]: axis.add_patch(Rectangle((x, y + PITCH - 2.5), length, .8, color='black', lw=0))
         axis.text(x, y + PITCH / 2, text[blank:], family='DejaVu Sans Mono', size=POINTS, va='center', color='black' if token is not None else '#666666', parse_math=False)
 
-# %% ../nbs/06_inspection.ipynb #c055
+# %% ../nbs/06_inspection.ipynb #c053
 class _Drawing(Figure):
     "A figure that shows itself, also where pyplot was never imported."
     def _repr_png_(self):
@@ -451,14 +414,14 @@ def draw(
     axis.set(xlim=(0, width), ylim=(height, 0))
     return figure
 
-# %% ../nbs/06_inspection.ipynb #c056
+# %% ../nbs/06_inspection.ipynb #c054
 def printable(
     text: str,  # text of the model
 ) -> str:
     "`text` of the same length with blanks for letters no font can draw (control characters), so that offsets still hold."
     return ''.join(c if c.isprintable() or c == '\n' else ' ' for c in text)
 
-# %% ../nbs/06_inspection.ipynb #c060
+# %% ../nbs/06_inspection.ipynb #c058
 def look(
     vlm: VLM,                   # the model
     images: list[Image.Image],  # one batch, upright RGB
@@ -483,7 +446,7 @@ def seeded(vlm, seed):
         if seed is not None: torch.manual_seed(seed)
         yield
 
-# %% ../nbs/06_inspection.ipynb #c062
+# %% ../nbs/06_inspection.ipynb #c060
 def seen_by(
     vlm: VLM,             # the model
     image: Image.Image,   # the image
@@ -507,7 +470,7 @@ def read_again(vlm, images, responses, config, prompt) -> list[TokenAttention]:
     return capture(vlm, images, responses, prompt, layers=config.layers, heads=config.heads, words=config.words,
                    row=config.row, tokens=config.tokens, batch_size=len(images))
 
-# %% ../nbs/06_inspection.ipynb #c064
+# %% ../nbs/06_inspection.ipynb #c062
 def look_safely(vlm, images, *rest) -> list:
     "Like `look`, with the one-line reason (a string) in place of each image that cannot be done."
     if not images: return []
@@ -528,7 +491,7 @@ def why(
     memory = isinstance(error, MemoryError) or 'out of memory' in text.lower() or "can't allocate" in text.lower()
     return 'not enough memory for even one image; use a smaller model or a shorter answer' if memory else text if isinstance(error, ValueError) else f'{type(error).__name__}: {text}'
 
-# %% ../nbs/06_inspection.ipynb #c066
+# %% ../nbs/06_inspection.ipynb #c064
 def check_prompt(
     vlm: VLM,             # the model, for its tokenizer and chat template
     prompt: Prompt,       # the question
@@ -539,7 +502,7 @@ def check_prompt(
     text = vlm.processor.apply_chat_template(prompt.messages(), tokenize=False, add_generation_prompt=True)
     anomaly_word_positions(vlm.tokenizer, torch.tensor(vlm.tokenizer(text)['input_ids']), config.words)
 
-# %% ../nbs/06_inspection.ipynb #c067
+# %% ../nbs/06_inspection.ipynb #c065
 def inspect_batch(vlm, sources, config, prompt, generation) -> Iterator:
     "Yields the `Inspection` or `Failure` of each of `sources`, in order."
     started = time.perf_counter()
@@ -562,7 +525,7 @@ def read_or_fail(source):
     try: return read_image(source)
     except (BadImage, MemoryError) as error: return Failure(path_of(source), why(error))
 
-# %% ../nbs/06_inspection.ipynb #c068
+# %% ../nbs/06_inspection.ipynb #c066
 def inspect_images(
     images: Iterable,                   # files, PIL images or arrays; or one folder or pattern
     vlm: VLM | None = None,             # the model; the embedded one when left out
@@ -588,7 +551,7 @@ def _each(vlm, images, config, prompt, batch_size, progress, generation):
             for result in inspect_batch(vlm, images[start:start + batch_size], config, prompt, generation | dict(seed=seed)):
                 bar.update(); yield result
 
-# %% ../nbs/06_inspection.ipynb #c069
+# %% ../nbs/06_inspection.ipynb #c067
 def inspect_image(
     image,                              # a file, PIL image or array
     vlm: VLM | None = None,             # the model; the embedded one when left out

@@ -61,7 +61,8 @@ def changed(before, after): return [name for name in before if before[name] != a
 @each_notebook
 def test_notebook_opens_with_module_title_and_purpose(path):
     head, sources = cells(path)[:4], cells(path)
-    if path.parent.name != 'nbs': assert sources[0].startswith('# Parameters'), 'a notebook that exports nothing begins with its parameters'
+    if path.parent.name == 'ablations': assert sources[0].startswith('# Parameters'), 'an ablation begins with its parameters'
+    elif path.parent.name != 'nbs': assert not module_of(path) and sources[0].startswith('# '), 'tutorials and pages begin with their title and export nothing'
     elif path.name != 'index.ipynb': assert sources[0].startswith('#| default_exp '), 'the first cell names the module: #| default_exp NAME'
     assert any(re.match(r'# \S', source) for source in head), 'no `# Title` within the first four cells'
     purposes = [line for source in head for line in source.splitlines() if line.startswith('> ')]
@@ -72,7 +73,7 @@ def test_notebook_stores_outputs_but_no_errors(path):
     code = [cell for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] if cell['cell_type'] == 'code']
     errors = [number for number, cell in enumerate(code) if any(o['output_type'] == 'error' for o in cell['outputs'])]
     assert not errors, f'code cells {errors} store an error'
-    assert any(cell['outputs'] for cell in code), 'no cell stores an output: run it top to bottom and save'
+    assert not code or any(cell['outputs'] for cell in code), 'no cell stores an output: run it top to bottom and save'
 
 @each_notebook
 def test_notebook_export_cells_are_short_and_tested(path):
@@ -201,6 +202,7 @@ def test_site_settings():
     site = yaml.safe_load(link.read_text(encoding='utf-8'))
     assert site['metadata-files'] == ['nbdev.yml', 'sidebar.yml'] and site['execute'] == {'enabled': False}
     assert all((ROOT/'nbs'/name).is_file() for name in [*site['metadata-files'], site['format']['html']['css']])
+    assert all((ROOT/'nbs'/entry['href']).is_file() for entry in site['website']['navbar']['left']), 'the bar at the top leads to a page that is not there'
     assert 'custom_quarto_yml' not in settings, 'nbdev would delete the link'
 
 def test_sidebar_lists_every_notebook():
@@ -209,7 +211,7 @@ def test_sidebar_lists_every_notebook():
             if isinstance(entry, str): yield entry
             else:
                 if 'href' in entry: yield entry['href']
-                yield from flat(entry['contents'])
+                yield from flat(entry.get('contents', []))
     sidebar = yaml.safe_load((ROOT/'nbs/sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     assert sorted(flat(sidebar)) == sorted(path.relative_to(ROOT/'nbs').as_posix() for path in NOTEBOOKS), 'edit nbs/sidebar.yml'
 

@@ -13,6 +13,7 @@ NOTEBOOK = 'nbs/index.ipynb'
 PICTURES = 'nbs/images'  # with the notebook, so that the site finds them too
 LOCAL_LINK = re.compile(r'(?P<before>\]\(|src=")(?![a-z]+:|#|/)(?P<target>[^)"\s]+)')
 HIDDEN = re.compile(r'^#\|\s*(hide|default_exp)\b', re.M)
+ALTERNATIVE = re.compile(r'^#\|\s*fig-alt:\s*"(.*)"$', re.M)
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 
 def from_root(markdown):
@@ -23,13 +24,18 @@ def render(root=ROOT):
     "The files README.md is made of: path below `root` -> bytes."
     notebook = nbformat.read(Path(root)/NOTEBOOK, as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not HIDDEN.search(cell.source)]
+    pictures = []   # the text of each, in order
     for cell in notebook.cells:
         if cell.cell_type == 'markdown': cell.source = from_root(cell.source)
-        else: cell.source = DIRECTIVE.sub('', cell.source)
+        else:
+            # What is alive on the site (the viewer) is left out: a README runs no scripts.
+            cell.outputs = [output for output in cell.outputs if 'text/html' not in output.get('data', {})]
+            pictures += [(ALTERNATIVE.findall(cell.source) or ['output of the code above'])[0] for output in cell.outputs if 'image/png' in output.get('data', {})]
+            cell.source = DIRECTIVE.sub('', cell.source)
     notebook.metadata['language_info'] = {'name': 'python'}  # cleaned away by nbdev; colours the fences
     text, extras = MarkdownExporter().from_notebook_node(notebook, {'unique_key': 'index', 'output_files_dir': PICTURES})
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M)).strip()
-    text = text.replace('![png](', '![output of the code above](')
+    for words in pictures: text = text.replace('![png](', f'![{words}](', 1)
     head = f'<!-- Rendered from {NOTEBOOK} by tests/tools/readme.py: change it there. -->\n\n'
     return {'README.md': f'{head}{text}\n'.encode(), **extras['outputs']}
 
