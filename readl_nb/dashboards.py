@@ -325,7 +325,8 @@ def draw_in(
     figure: go.Figure,
 ) -> None:
     "Nothing; `output` shows the figure in place of what it showed."
-    data = {'application/vnd.plotly.v1+json': json.loads(figure.to_json()) | dict(config=dict(displaylogo=False, responsive=True)), 'text/plain': figure.layout.title.text or 'figure'}
+    config = dict(displaylogo=False, modeBarButtonsToRemove=['sendChartToCloud'])   # a dashboard offers no way to send data out
+    data = {'application/vnd.plotly.v1+json': json.loads(figure.to_json()) | dict(config=config), 'text/plain': figure.layout.title.text or 'figure'}
     if 'google.colab' in sys.modules: data['text/html'] = figure.to_html(include_plotlyjs='cdn', full_html=False)   # draws no numbers itself
     output.outputs = (dict(output_type='display_data', data=data, metadata={}),)
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from ipywidgets import Button, Dropdown, HBox, HTML, IntSlider, Layout, SelectionSlider, ToggleButton, VBox, Widget
+from ipywidgets import Button, Dropdown, HBox, HTML, IntSlider, Layout, Output, SelectionSlider, ToggleButton, VBox, Widget
 from PIL import Image
 from plotly.subplots import make_subplots
 from scipy.ndimage import binary_erosion
 
+from .dashboards import draw_in
 from .grpo import CGROConfig
 from .images import one_line, read_image, show_name
 from .inspection import Inspection, assemble, data_uri, finite, fit, pieces
@@ -492,7 +493,7 @@ def series(
 
 def empty_figure(
     names: list[str],   # of the runs
-) -> go.FigureWidget:
+) -> go.Figure:
     "The figure of a monitor before anything is read: a panel a number, a colour and a dash a run."
     grid = make_subplots(3, 4, subplot_titles=list(PANELS.values()), horizontal_spacing=.055, vertical_spacing=.11)
     for n, name in enumerate(names):
@@ -503,8 +504,7 @@ def empty_figure(
     grid.update_layout(autosize=True, height=560, margin=dict(l=40, r=10, t=60, b=30), paper_bgcolor='rgba(0,0,0,0)', plot_bgcolor='rgba(128,128,128,.06)', font=dict(color='#8a8a8a', size=11),
                        legend=dict(orientation='h', y=1.16, x=0), uirevision='kept', hovermode='closest')
     grid.update_xaxes(**grey); grid.update_yaxes(**grey); grid.update_annotations(font_size=12); grid.update_xaxes(title_text='step', row=3)
-    figure = go.FigureWidget(grid); figure._config = dict(responsive=True, displaylogo=False)   # as wide as the page, also when that changes
-    return figure
+    return grid
 
 # %% ../nbs/12b_training_dashboards.ipynb #c058
 def run_names(
@@ -535,17 +535,16 @@ class TrainingMonitor(VBox):
     def __init__(self, folders, seconds=5.):
         self.followers, self.names = [Follower(folder) for folder in folders], run_names(folders)
         self.stopped, self.lock, self.waiting = threading.Event(), threading.Lock(), seconds
-        self.looks = 0
-        self.table, self.figure = HTML(), empty_figure(self.names)
+        self.table, self.plot, self.figure = HTML(), Output(), empty_figure(self.names)
         self.smooth = IntSlider(1, 1, 50, description='Mean of', tooltip='steps in the running mean', continuous_update=False)
         self.pause = ToggleButton(False, description='Pause')
         self.smooth.observe(lambda _: self.update(True), 'value')
-        super().__init__([HBox([self.smooth, self.pause], layout=Layout(flex_flow='row wrap')), self.table, self.figure])
+        super().__init__([HBox([self.smooth, self.pause], layout=Layout(flex_flow='row wrap')), self.table, self.plot])
         self.update(True)
         self.thread = threading.Thread(target=self.follow, name='training_monitor', daemon=True); self.thread.start()
 
     def follow(self):
-        while not self.stopped.wait(self.waiting if self.looks > 4 else min(self.waiting, 1.)):
+        while not self.stopped.wait(self.waiting):
             if not self.pause.value: self.update()
 
     def update(self, all=False):
@@ -555,11 +554,10 @@ class TrainingMonitor(VBox):
             try:
                 new = [follower.read() for follower in self.followers]
                 self.table.value = status_table(self.names, [progress_of(follower, time.time()) for follower in self.followers], self.followers)
-                with self.figure.batch_update():
-                    if self.looks < 5: self.looks += 1; self.figure.layout.datarevision = self.looks   # drawn before it stood on a page: now plotly sees how wide that is
-                    for n, follower in enumerate(self.followers):
-                        for p, name in enumerate(PANELS if new[n] or all else ()):
-                            self.figure.data[n * len(PANELS) + p].update(dict(zip('xy', series(follower.lines, name, self.smooth.value))))
+                if not (any(new) or all): return
+                for n, follower in enumerate(self.followers):
+                    for p, name in enumerate(PANELS): self.figure.data[n * len(PANELS) + p].update(dict(zip('xy', series(follower.lines, name, self.smooth.value))))
+                draw_in(self.plot, self.figure)
             except Exception as error: self.table.value = f'<div role="status">{html.escape(one_line(f"{type(error).__name__}: {error}"))}</div>'
 
     def close(self):
