@@ -27,13 +27,17 @@ class Verdict:
 # %% ../nbs/15_exercises.ipynb #c008
 def check(
     answer,                      # what the student wrote; `...` while it is open
-    test,                        # the right value (number, array, text, list ...), or a function of the answer that gives True or False
+    test,                        # the right value (number, array, text, list ...), or a function of the answer that gives True, False, or `...` for a function still to be written
     hint: str = 'look again',    # what to think of when it is wrong; one sentence
     tolerance: float = 1e-3,     # absolute and relative, for numbers and arrays
 ) -> Verdict:
     "Whether `answer` is right, as something that shows itself. Never raises for a wrong answer."
-    if answer is ...: return Verdict(False, '✎ Your turn: replace the ... above and run both cells.')
-    try: right = bool(test(answer)) if isinstance(test, Callable) else same(answer, test, tolerance)
+    waiting = Verdict(False, '✎ Your turn: replace the ... above and run both cells.')
+    if answer is ...: return waiting
+    try:
+        right = test(answer) if isinstance(test, Callable) else same(answer, test, tolerance)
+        if right is ...: return waiting
+        right = bool(right)
     except Exception as error: return Verdict(False, f'✗ Not yet: {hint} (the check stopped with {type(error).__name__}: {str(error)[:200]})')
     return Verdict(True, '✓ Right.') if right else Verdict(False, f'✗ Not yet: {hint}')
 
@@ -43,6 +47,7 @@ def same(
     tolerance: float,  # absolute and relative
 ) -> bool:
     "Whether two values are equal; numbers within `tolerance`, and of the same shape."
+    answer, wanted = (x.item() if isinstance(x, np.generic) else x for x in (answer, wanted))   # np.True_ is as good as True
     if isinstance(wanted, (str, bytes, bool, set, dict, type(None))): return type(answer) is type(wanted) and answer == wanted
     answer, wanted = (np.asarray(x.detach() if hasattr(x, 'detach') else x) for x in (answer, wanted))
     if answer.shape != wanted.shape: return False

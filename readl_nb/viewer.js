@@ -251,8 +251,13 @@ export function decodeMask({ height, width, runs }) {
   return mask;
 }
 
+const lacking = (object, keys) => keys.split(' ').filter(key => (object?.[key] ?? null) === null);
+
 /** One view ready for computing; throws a sentence when the data is not whole. */
 export function prepareView(raw) {
+  const missing = lacking(raw, 'name verdict notes width height image pieces grid maps scales semantic entropy semantic_hat entropy_hat weights kept flagged tau_t tau_i config');
+  if (!missing.length) missing.push(...lacking(raw.config, 'alpha beta fallback_k normalise binarise tau_t tau_i'));
+  if (missing.length) throw new Error(`a view has no ${missing.join(', ')}; make the page again.`);
   const [H, W] = raw.grid, cells = H * W, T = raw.weights.length;
   const { maps, heads, ...view } = raw;
   const size = raw.mask ? [raw.mask.height, raw.mask.width] : [raw.height, raw.width].map(side => Math.ceil(420 * side / Math.max(raw.width, raw.height)));
@@ -276,11 +281,12 @@ export const DEFAULTS = {
 /** A state that fits `views` from anything: what cannot be is left at its default. */
 export function cleanState(raw, views) {
   const state = { ...DEFAULTS }, given = raw && typeof raw === 'object' ? raw : {};
-  const limits = { tau_t: [-1e6, 1e6], tau_i: [-1e6, 1e6], alpha: [0, 1e6], beta: [0, 1e6], opacity: [0, 1], cut: [0, 1], layer: [0, 1e4], head: [0, 1e4] };
+  const limits = { tau_t: [-1e6, 1e6], tau_i: [-1e6, 1e6], alpha: [0, 1e6], beta: [0, 1e6], opacity: [0, 1], cut: [0, 1] };
   for (const [key, [low, high]] of Object.entries(limits)) if (Number.isFinite(given[key])) state[key] = Math.min(Math.max(given[key], low), high);
   for (const key of ['sinks', 'contour', 'components']) if (typeof given[key] === 'boolean') state[key] = given[key];
   if (given.combine === 'weighted') state.combine = 'weighted';
   const list = value => Array.isArray(value) ? value : [], below = (x, n) => Number.isInteger(x) && x >= 0 && x < n;
+  for (const key of ['layer', 'head']) if (below(given[key], 1e4)) state[key] = given[key];
   state.selected = views.map(({ T }, v) => [...new Set(list(list(given.selected)[v]))].filter(t => below(t, T)));
   state.preset = state.selected.some(list => list.length) ? null : ['rdam', 'kept', 'all'].includes(given.preset) ? given.preset : 'rdam';
   const [v, r, c] = list(given.cell);
@@ -362,7 +368,7 @@ export function shown(view, v, state, preview) {
   const weights = new Float64Array(T);
   for (const t of tokens) weights[t] = evidence ? scores.shares[t] : 1 / tokens.length;
   const map = anomalyMap(scores.maps, weights, cells);
-  const range = preset === 'rdam' && scores.own && view.map_range ? view.map_range : [least(map), most(map)];
+  const range = preset === 'rdam' && scores.own && view.map_range && !view.left_out ? view.map_range : [least(map), most(map)];
   return { map, range, tokens, preset, kind: evidence ? 'evidence' : 'attention', title: titleOf(view, preset, tokens, evidence) };
 }
 
@@ -482,7 +488,7 @@ const STYLE = `
   & .presets button[aria-pressed=true]{background:var(--ink);color:var(--paper)}
   & .row button{border:1px solid var(--line);border-radius:8px}
   & label{display:inline-flex;gap:6px;align-items:center;min-height:24px}
-  & .bar output{min-width:2.3em} & input{accent-color:var(--accent);margin:0} & input[type=checkbox]{width:16px;height:16px}
+  & output{white-space:nowrap} & .bar output{min-width:2.3em} & input{accent-color:var(--accent);margin:0} & input[type=checkbox]{width:16px;height:16px}
   & input[type=range]{width:100px;height:24px}
   & select{font:inherit;color:inherit;background:var(--paper);border:1px solid var(--line);border-radius:6px;padding:2px 4px;min-height:26px}
 
@@ -524,8 +530,8 @@ const STYLE = `
     &[aria-pressed=true]{background:var(--ink) content-box;color:var(--paper); &::before{color:inherit} & .weight{visibility:hidden}}}
 
   & .panel{margin-top:14px;border-top:1px solid var(--line);padding-top:10px}
-  & .sliders{display:grid;grid-template-columns:repeat(auto-fit, minmax(min(100%, 260px), 1fr));gap:4px 20px; & label{display:grid;grid-template-columns:1.2em 1fr 11.5em} & input{width:100%}}
-  &.alone .sliders label{grid-template-columns:1.2em 1fr 6.2em}
+  & .sliders{display:grid;grid-template-columns:repeat(auto-fit, minmax(min(100%, 260px), 1fr));gap:4px 20px; & label{display:grid;grid-template-columns:1.2em 1fr 12em} & input{width:100%}}
+  &.alone .sliders label{grid-template-columns:1.2em 1fr 7em}
   & .formula{color:var(--soft);font:italic 14px var(--serif)}
   & details{margin-top:8px} & summary{cursor:pointer;min-height:24px;color:var(--soft);width:fit-content} & details p{margin:4px 0;max-width:60em}
   & .said{flex-basis:100%; &:empty{display:none} & code{display:block;background:var(--panel);padding:6px 8px;border-radius:6px;font-size:12px;user-select:all;max-height:8em;overflow:auto}}
@@ -610,7 +616,7 @@ const SPOKEN = { tau_t: 'threshold of semantic relevance', tau_i: 'threshold of 
   opacity: 'opacity of the map', cut: 'share of the maximum above which a pixel counts as defect' };
 
 function buildControls(views) {
-  const low = least(views.map(view => view.low)), high = most(views.map(view => view.high)), output = {};
+  const low = least(views.map(view => view.low)), high = most(views.map(view => view.high)), top = name => most(views.map(view => view.config[name]), 1), output = {};
   const truth = views.some(view => view.truth), [L, H] = ['layers', 'heads'].map(key => most(views.map(view => view.heads?.[key] ?? 0)));
   const range = (name, text, min = 0, max = 1) => h('label', { title: SPOKEN[name] }, pretty(text), h('input', { type: 'range', name, min, max, step: (max - min) / 200, ariaLabel: SPOKEN[name] }), output[name] = h('output'));
   const check = (name, text) => h('label', {}, h('input', { type: 'checkbox', name }), text);
@@ -619,7 +625,7 @@ function buildControls(views) {
   const numbered = count => [['', 'mean of all'], ...Array.from({ length: count }, (_, i) => [i, i])];
   const bar = h('div', { class: 'bar' }, h('div', { class: 'presets', role: 'group', ariaLabel: 'map to show' }, ...press('preset', { rdam: 'RDAM', kept: 'Kept tokens', all: 'All tokens' })),
     range('opacity', 'Opacity'), check('components', 'Components of a token’s map'), ...(truth ? [check('contour', 'Defect contour')] : []));
-  const sliders = h('div', { class: 'sliders' }, range('tau_t', 'τ_T', low, high), range('tau_i', 'τ_I', low, high), range('alpha', 'α'), range('beta', 'β'));
+  const sliders = h('div', { class: 'sliders' }, range('tau_t', 'τ_T', low, high), range('tau_i', 'τ_I', low, high), range('alpha', 'α', 0, top('alpha')), range('beta', 'β', 0, top('beta')));
   const formula = pretty('w = (α Ŝ_T + β Ŝ_I) · [Ŝ_T > τ_T] · [Ŝ_I > τ_I],  RDAM = Σ_t w_t A_t', 'formula');
   const more = h('details', {}, h('summary', {}, 'More: several tokens, layers and heads, sinks'), h('div', { class: 'row' },
     choose('combine', 'Several tokens', [['mean', 'mean'], ['weighted', 'weighted sum']]), ...(L ? [choose('layer', 'Layer', numbered(L)), choose('head', 'Head', numbered(H))] : []),
@@ -640,7 +646,7 @@ function render({ model, el }) {
   const root = h('div', { class: 'readl-viewer', 'data-lm-suppress-shortcuts': 'true' });   // JupyterLab leaves our keys alone
   const error = h('div', { class: 'error', role: 'alert' });
   let views = [], parts = [], controls, state, frame = 0, saving = 0, written = '';
-  let preview = null, pointed = null, anchor = null;   // where pointer and keys are: token {v, t}, cell {v, row, column}, start of a selection {v, t}
+  let asked = false, preview = null, pointed = null, anchor = null;   // where pointer and keys are: token {v, t}, cell {v, row, column}, start of a selection {v, t}
   el.replaceChildren(root);
 
   function build() {
@@ -790,13 +796,14 @@ function render({ model, el }) {
   function fillControls() {
     for (const input of root.querySelectorAll('input, select'))
       if (input.type === 'checkbox') input.checked = state[input.name];
-      else input.value = state[input.name] ?? (input.type === 'range' ? own(input.name)[0] : '');
+      else input.value = state[input.name] ?? '';   // a view's own thresholds: in fillOutputs
   }
 
   function fillOutputs() {
     for (const [name, output] of Object.entries(controls.output)) {
       const values = state[name] === null ? own(name) : [state[name]], ends = new Set([least(values), most(values, -Infinity)].map(digits));
       output.textContent = [...ends].join(' to ') + (state[name] === null ? ' own' : '');
+      if (state[name] === null) output.previousElementSibling.value = values[0];   // the view's own may move: other layers, no sinks
     }
     for (const button of controls.bar.querySelectorAll('[data-preset]')) button.ariaPressed = button.dataset.preset === state.preset;
   }
@@ -864,8 +871,8 @@ function render({ model, el }) {
 
   listen(root, 'keydown', event => {
     const { target, key } = event, f = target.matches('.token') ? tokenKey : target.matches('.stage') ? stageKey : null;
-    if (key === 'Escape') { preview = pointed = anchor = null; change({ selected: views.map(() => []), preset: 'rdam', cell: null }); }
-    else if (f && key in STEPS) { event.preventDefault(); f(event, target); later(); }
+    if (key === 'Escape' && !target.matches('input, select')) { preview = pointed = anchor = null; change({ selected: views.map(() => []), preset: 'rdam', cell: null }); }
+    else if (f && key in STEPS && !(STEPS[key] && (event.altKey || event.metaKey))) { event.preventDefault(); f(event, target); later(); }
   });
 
   function tokenKey(event, token) {
@@ -916,9 +923,9 @@ function render({ model, el }) {
   const savePage = html => download(new Blob([html], { type: 'text/html' }), 'readl-viewer.html');
 
   const actions = {
-    own() { change({ tau_t: null, tau_i: null, alpha: null, beta: null }); fillControls(); },
-    png() { drawPicture(views, parts).toBlob(blob => download(blob, 'readl-viewer.png')); },
-    async html() { save(); if (model.page) savePage(await model.page()); else { say('Making the page ...'); model.send({ kind: 'page' }); } },
+    own() { change({ tau_t: null, tau_i: null, alpha: null, beta: null }); },
+    png() { drawPicture(views, parts).toBlob(blob => blob ? download(blob, 'readl-viewer.png') : say('Too large for one picture.')); },
+    async html() { save(); if (model.page) savePage(await model.page()); else { asked = true; say('Making the page ...'); model.send({ kind: 'page', state }); } },
     code() { copy(`TokenViewer(*inspections, state=${python(changes(state))})`); },
     link() {
       if (!model.page || !/^(file|https?):$/.test(location.protocol)) return say('A link needs a page of its own: save the HTML, open it, copy the link there.');
@@ -930,7 +937,7 @@ function render({ model, el }) {
   // The other side: the kernel, or the shim of a static page.
 
   const fromKernel = () => { if (views.length && JSON.stringify(cleanState(model.get('state'), views)) !== written) adopt(model.get('state')); };
-  const heard = { 'change:data': build, 'change:state': fromKernel, 'msg:custom': message => { if (message.kind === 'page') savePage(message.html); } };
+  const heard = { 'change:data': build, 'change:state': fromKernel, 'msg:custom': message => { if (message.kind === 'page' && asked) { asked = false; savePage(message.html); } } };   // of several views of one widget, the one that asked
   for (const [kind, f] of Object.entries(heard)) model.on(kind, f);
   listen(window, 'hashchange', () => { const raw = linked(); if (raw && views.length) { adopt(raw); save(); } });
   build();

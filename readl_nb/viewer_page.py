@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'VALUES', 'SHIM', 'POLICY', 'pieces', 'writable', 'finite', 'verdict', 'packed', 'small_size', 'runs_of',
-           'fit', 'data_uri', 'view_of', 'text_of', 'config_of', 'heads_of', 'viewer_source', 'as_script', 'page',
+           'fit', 'data_uri', 'view_of', 'text_of', 'config_values', 'heads_of', 'viewer_source', 'as_script', 'page',
            'in_words', 'framed']
 
 # %% ../nbs/05b_viewer_page.ipynb #c003
@@ -124,7 +124,7 @@ def view_of(
     T = min(len(seen.tokens), TOKENS, max(1, VALUES // (H * W)))
     left_out = len(seen.tokens) - T
     said = [writable(note) for note in inspection.notes]
-    if left_out: said.append(f'{left_out} tokens after the first {T} are plain text here: they have no map in this page, and a map recomputed in it leaves them out')
+    if left_out: said.append(f'{left_out} tokens after the first {T} are plain text here: they have no map in this page, and the anomaly map shown here leaves them out')
     maps, scales = packed(np.asarray(seen.maps[:T]))
     numbers = lambda values: [finite(value) for value in values[:T]]
     flags = lambda values: [int(value) for value in values[:T]]
@@ -134,7 +134,7 @@ def view_of(
         mask=None if mask is None else runs_of(mask, image.size, side), pieces=text_of(response.text, seen.spans[:T]),
         grid=[H, W], maps=maps, scales=scales, semantic=numbers(scores.semantic), entropy=numbers(scores.entropy), semantic_hat=numbers(scores.semantic_hat),
         entropy_hat=numbers(scores.entropy_hat), weights=numbers(scores.weights), kept=flags(scores.kept), flagged=flags(seen.flagged), fell_back=bool(scores.fell_back),
-        tau_t=float(scores.tau_t), tau_i=float(scores.tau_i), config=config_of(inspection.config), map_range=[float(grid.min(initial=0)), float(grid.max(initial=0))],
+        tau_t=float(scores.tau_t), tau_i=float(scores.tau_i), config=config_values(inspection.config), map_range=[float(grid.min(initial=0)), float(grid.max(initial=0))],
         left_out=left_out, heads=None if heads is None else heads_of(heads, T))
 
 # %% ../nbs/05b_viewer_page.ipynb #c024
@@ -142,7 +142,7 @@ def text_of(text, spans) -> list:
     "[[text, token or -1], ...] of the response; joined they are the whole text."
     return [[writable(piece), -1 if token is None else token] for piece, token in pieces(text, spans)]
 
-def config_of(config) -> dict:
+def config_values(config) -> dict:
     "The choices that can be changed in the page, as values of JSON."
     names = ('alpha', 'beta', 'scale', 'fallback_k', 'normalise', 'binarise', 'tau_t', 'tau_i')
     return json.loads(json.dumps({name: getattr(config, name) for name in names}))
@@ -222,11 +222,13 @@ def framed(
     picture: str = '',     # data address of a small picture
     title: str = 'token viewer',  # for screen readers
 ) -> str:
-    "HTML of the page in a frame, and the words and the picture for places that strip frames."
+    "HTML of the page in a frame, and the words and the picture for places that strip frames.\n\nRaises `ValueError` for a height that is no number of pixels."
+    try: pixels = int(height or 900)
+    except (TypeError, ValueError): raise ValueError(f'the height is {show_name(repr(height), 80)}; give a number of pixels, as 900') from None
     inside = page.replace('&', '&amp;').replace('"', '&quot;')
     first, _, rest = writable(text).partition('\n')
     shown = f'<br><img src="{html.escape(picture)}" alt="the anomaly map over the image">' if picture else ''
     return (f'<iframe srcdoc="{inside}" sandbox="allow-scripts allow-downloads" allow="clipboard-write" title="{html.escape(writable(title))}" loading="lazy" '
-        f'style="width:100%;height:{int(height or 900)}px;border:0;resize:vertical;overflow:auto"></iframe>'
+        f'style="width:100%;height:{pixels}px;border:0;resize:vertical;overflow:auto"></iframe>'
         + (f'<details style="font-size:13px"><summary>{html.escape(first)} (as text)</summary>'
            f'<p style="white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0">{html.escape(rest)}{shown}</p></details>' if text else ''))

@@ -17,8 +17,9 @@ from playwright.sync_api import expect
 from readl_nb.aggregation import anomaly_map, to_pixels, token_weights
 from readl_nb.datasets import read_mask
 from readl_nb.inspection import ReALConfig, inspect_image
+from readl_nb.models import load_vlm
 from readl_nb.scoring import foreground, normalise, spatial_entropy, threshold
-from readl_nb.viewer import TokenViewer, save_page
+from readl_nb.viewer import TokenViewer, capture_heads, save_page
 from readl_nb.viewer_page import view_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +127,8 @@ def test_keyboard_alone_selects_and_looks_up(window, file, inspection):
         assert page.evaluate('() => { const style = getComputedStyle(document.activeElement); return style.outlineStyle !== "none" || style.boxShadow !== "none" }'), 'focus cannot be seen'
         page.keyboard.press('ArrowRight'); page.keyboard.press('Enter')
         assert pressed(page) == [1]
+        for keys in ('Alt+ArrowUp', 'Meta+ArrowDown'): page.keyboard.press(keys)   # the browser's own
+        assert page.evaluate('() => document.activeElement.dataset.token') == '1'
         page.keyboard.press('Shift+ArrowRight'); page.keyboard.press('Shift+ArrowRight')
         assert pressed(page) == [1, 2, 3]
         page.keyboard.press('Shift+ArrowLeft')
@@ -200,7 +203,23 @@ def test_hover_tells_and_reverse_look_up_finds_the_tokens(window, file, inspecti
 
 def test_layers_and_heads_where_they_were_kept(window, inspection, mask, tmp_path):
     with opened(window, save_page(tmp_path/'none.html', inspection)) as page:
-        assert page.locator('select[name=layer]:visible').count() == 0 or page.locator('select[name=layer]').first.is_disabled()
+        more(page)
+        assert page.locator('select[name=layer]').count() == 0 and 'not captured' in page.locator('details.more').text_content()
+    heads = capture_heads(inspection, load_vlm())
+    with opened(window, save_page(tmp_path/'heads.html', heads, masks=[mask], heads=True)) as page:
+        more(page); page.locator('button[data-preset=all]').click(); page.mouse.move(0, 0)
+        before = picture(page)
+        page.locator('select[name=layer]').select_option('1'); page.locator('select[name=head]').select_option('0')
+        assert state(page)['layer'] == 1 and state(page)['head'] == 0 and picture(page) != before
+        maps = heads.attention.per_head[1, 0].numpy()
+        for tokens, choose in (range(len(maps)), None), ([5], token(page, 5)):
+            if choose: choose.click(); page.mouse.move(0, 0)
+            iou, auroc = detected(maps[list(tokens)].mean(0), mask)
+            assert measured(page, 'iou') == pytest.approx(iou, abs=5e-3) and measured(page, 'auroc') == pytest.approx(auroc, abs=5e-3)   # 8 bits a cell
+        own = threshold(normalise(heads.attention.text_per_head[1, 0].numpy()), inspection.config.tau_t)
+        assert float(page.locator('input[name=tau_t]').input_value()) == pytest.approx(own, abs=.006), "the thumb is not at this head's own threshold"
+        page.locator('select[name=head]').focus(); page.keyboard.press('Escape')
+        assert pressed(page) == [5], 'Escape in a menu is for the menu'
 
 def test_pictures_download_and_links_restore(window, file, inspection, mask, tmp_path):
     with opened(window, file, permissions=['clipboard-read', 'clipboard-write']) as page:
@@ -270,6 +289,12 @@ def test_ten_thousand_tokens(window, tmp_path):
         token(page, 2047).click(); assert pressed(page) == [2047]
         page.locator('button[data-preset=all]').first.click(); assert state(page)['preset'] == 'all'
 
+def test_a_picture_too_large_to_save_is_said(window, file):
+    with opened(window, file) as page:
+        page.evaluate('() => { HTMLCanvasElement.prototype.toBlob = done => done(null) }')
+        page.locator('button[data-action=png]').click()
+        expect(page.locator('.said')).to_have_text('Too large for one picture.')
+
 @pytest.mark.parametrize('words, grid', [([], (3, 4)), ([' one'], (1, 1)), ([' flat', ' too'], (5, 2))])
 def test_little_to_show_is_shown(window, words, grid, tmp_path):
     inspection = made_up(words, grid)
@@ -280,6 +305,12 @@ def test_little_to_show_is_shown(window, words, grid, tmp_path):
         for preset in ('all', 'kept', 'rdam'): page.locator(f'button[data-preset={preset}]').first.click()
         if words: token(page, 0).click(); assert pressed(page) == [0]
         assert page.locator('.error:visible').count() == 0
+
+def test_a_damaged_page_says_so(window, file, tmp_path):
+    (tmp_path/'damaged.html').write_text(file.read_text('utf8').replace('"config":', '"confused":'), 'utf8')
+    with watched(window) as context:
+        page = context.new_page(); page.goto((tmp_path/'damaged.html').as_uri())
+        expect(page.locator('.error')).to_have_text('The viewer cannot show this: a view has no config; make the page again.')
 
 def test_two_side_by_side_share_a_scale(window, inspection, mask, tmp_path):
     made = save_page(tmp_path/'two.html', inspection, made_up([' a', ' b', ' c'], (7, 7), image=inspection.image), masks=[mask, None], names=['base', '+R1'])
@@ -367,46 +398,64 @@ def test_auroc_of_maps_as_they_are_shown(window, sink):
 
 # --- JupyterLab ---
 
-CELLS = ["""import json, os, sys
+CELLS = {'setup': """import json, os, sys
 sys.path.insert(0, %r)
 from browser import made_up
+from ipywidgets import VBox
+from readl_nb.dashboards import dataset_browser, threshold_lab
 from readl_nb.datasets import read_mask
 from readl_nb.inspection import inspect_image
+from readl_nb.training_dashboards import reward_inspector, training_monitor
 from readl_nb.viewer import TokenViewer
 inspection = inspect_image(%r)
 mask = read_mask([%r], inspection.image.size)
 inspection""" % (str(ROOT/'tests/tools'), str(PHOTO), str(MASK)),
-"viewer = TokenViewer(inspection, masks=[mask])\nviewer",
-"print(json.dumps([viewer.state, viewer.selected]))",
-"viewer.state = dict(selected=[[7]], tau_t=.4)",
-"TokenViewer(made_up(json.loads(%r), (6, 6)), names=['<script>alert(9)</script>'])" % json.dumps(HOSTILE),
-"from readl_nb.dashboards import dataset_browser, threshold_lab\nlab = threshold_lab([inspection, inspect_image(%r)], masks=[mask, None])\nlab" % str(ROOT/'sample_data/metal/test/good/000.jpg'),
-"print(json.dumps([lab.config.tau_t, lab.config.alpha]))",
-"lab.close()\npictures = dataset_browser(%r, page_size=6)\npictures" % str(ROOT/'sample_data'),
-"""from readl_nb.training_dashboards import reward_inspector, training_monitor
-os.makedirs('run')
+'viewer': "viewer = TokenViewer(inspection, masks=[mask])\nviewer",
+'again': "viewer",
+'state': "print(json.dumps([viewer.state, viewer.selected]))",
+'set state': "viewer.state = dict(selected=[[7]], tau_t=.4)",
+'hostile': "hostile = TokenViewer(made_up(json.loads(%r), (6, 6)), names=['<script>alert(9)</script>'])\nhostile" % json.dumps(HOSTILE),
+'lab': "lab = threshold_lab([inspection, inspect_image(%r)], masks=[mask, None])\nlab" % str(ROOT/'sample_data/metal/test/good/000.jpg'),
+'thresholds': "print(json.dumps([lab.config.tau_t, lab.config.alpha]))",
+'pictures': "pictures = dataset_browser(%r, page_size=6)\npictures" % str(ROOT/'sample_data'),
+'monitor': """os.makedirs('run', exist_ok=True); open('run/metrics.jsonl', 'w').close()
 def step(number):
     with open('run/metrics.jsonl', 'a') as file: print(json.dumps(dict(step=number, reward=number/8, loss=.5, seconds=1.)), file=file)
 step(1)
 monitor = training_monitor('run', seconds=.2)
 monitor""",
-"step(2)",
-"monitor.close()\npictures.close()\nfrom ipywidgets import VBox\nmissing = VBox([threshold_lab('no/such/folder'), dataset_browser('no/such/folder'), training_monitor('no/such/run'), reward_inspector('no/such/run')])\nmissing",
-"for one in missing.children: one.close()\nviewer.close()"]
+'step': "step(2)",
+'missing': "missing = VBox([threshold_lab('no/such/folder'), dataset_browser('no/such/folder'), training_monitor('no/such/run'), reward_inspector('no/such/run')])\nmissing"}
+CELLS |= {f'close {name}': f'{name}.close()' for name in ('viewer', 'hostile', 'lab', 'pictures', 'monitor')} | {'close missing': 'for one in [*missing.children, missing]: one.close()'}
+NUMBER = {name: number for number, name in enumerate(CELLS)}
 
 @pytest.fixture(scope='module')
 def lab(window, axe, tmp_path_factory):
-    "The notebook above, open in a JupyterLab of its own, its first two cells run; whatever goes wrong on the page until the last test fails."
+    "The notebook above, open in a JupyterLab of its own, its first cell run; whatever goes wrong on the page until the last test fails."
     folder = tmp_path_factory.mktemp('lab')
     with jupyterlab(folder) as (address, key):
-        write_notebook(folder/'work/viewer.ipynb', *CELLS)
+        write_notebook(folder/'work/viewer.ipynb', *CELLS.values())
         with watched(window, local=address, height=1400, scripts=[axe]) as context:
             notebook = Notebook(context.new_page(), address, key, 'viewer.ipynb')
-            notebook.run(0); notebook.run(1)
-            notebook.cell(1).locator('.readl-viewer button.token').first.wait_for()
+            notebook.run(NUMBER['setup'])
             yield notebook
 
-def kernel(lab): lab.page.evaluate(SAVED); return json.loads(lab.run(2))
+@contextmanager
+def shown(lab, name):
+    "What the cell `name` shows, run now; on leaving, what it opened is closed and gone."
+    lab.run(NUMBER[name]); output = lab.output(NUMBER[name])
+    try: yield output
+    finally: lab.run(NUMBER[f'close {name}'])
+    expect(output.locator('button, .js-plotly-plot')).to_have_count(0, timeout=20_000)
+
+@pytest.fixture
+def live(lab):
+    "A new viewer in the notebook."
+    with shown(lab, 'viewer') as cell:
+        cell.locator('.readl-viewer button.token').first.wait_for()
+        yield cell
+
+def kernel(lab): lab.page.evaluate(SAVED); return json.loads(lab.run(NUMBER['state']))
 
 def arrives(lab, **wanted):
     "The kernel's state, once it is as `wanted`: ipywidgets holds a change back until the kernel has heard the one before."
@@ -415,8 +464,8 @@ def arrives(lab, **wanted):
         if all(said.get(name) == (value if not isinstance(value, float) else pytest.approx(value)) for name, value in wanted.items()): return said, selected
     assert False, f'the kernel has {said} instead of {wanted}'
 
-def test_live_page_and_kernel_agree(lab, inspection, mask):
-    cell = lab.cell(1)
+def test_live_page_and_kernel_agree(lab, live, inspection, mask):
+    cell = live
     agree(cell, inspection, mask)
     token(cell, 5).click()
     assert arrives(lab, selected=[[5]])[1] == [[5]] and pressed(cell) == [5]
@@ -435,20 +484,23 @@ def test_live_page_and_kernel_agree(lab, inspection, mask):
     click_cell(cell, 4, 9, inspection.grid_map.shape)
     arrives(lab, cell=[0, 4, 9]); assert looking(cell)
 
-def test_live_page_follows_the_kernel_and_downloads_itself(lab, window, tmp_path):
-    cell = lab.cell(1)
-    lab.run(3)
+def test_live_page_follows_the_kernel_and_downloads_itself(lab, live, window, tmp_path):
+    cell = live
+    lab.run(NUMBER['set state'])
     expect(token(cell, 7)).to_have_attribute('aria-pressed', 'true')
     assert pressed(cell) == [7] and float(cell.locator('input[name=tau_t]').input_value()) == pytest.approx(.4)
-    with lab.page.expect_download() as download: cell.locator('button[data-action=html]').click()
+    lab.run(NUMBER['again']); token(lab.output(NUMBER['again']), 9).wait_for()   # the same widget, shown twice, is saved once
+    saved = []; keep = lambda download: saved.append(download); lab.page.on('download', keep)
+    with lab.page.expect_download() as download: token(cell, 9).click(); cell.locator('button[data-action=html]').click()
     download.value.save_as(tmp_path/'live.html')
-    with opened(window, tmp_path/'live.html') as page: assert pressed(page) == [7]
+    lab.run(NUMBER['state']); lab.page.evaluate(SAVED); assert len(saved) == 1; lab.page.remove_listener('download', keep)
+    with opened(window, tmp_path/'live.html') as page: assert pressed(page) == [9]
     with lab.page.expect_download() as download: cell.locator('button[data-action=png]').click()
     assert np.asarray(Image.open(download.value.path()).convert('L')).std() > 5
 
 def test_inspection_shows_itself_as_the_viewer(lab, inspection):
-    lab.output(0).locator('iframe').scroll_into_view_if_needed()   # frames out of sight are not drawn
-    frame = lab.output(0).locator('iframe').element_handle().content_frame()
+    lab.output(NUMBER['setup']).locator('iframe').scroll_into_view_if_needed()   # frames out of sight are not drawn
+    frame = lab.output(NUMBER['setup']).locator('iframe').element_handle().content_frame()
     frame.wait_for_selector('button.token')
     assert frame.locator('button.token').count() == len(inspection.attention)
     before = picture(frame)
@@ -459,61 +511,60 @@ def test_inspection_shows_itself_as_the_viewer(lab, inspection):
     with lab.page.expect_download(): frame.locator('button[data-action=html]').click()
 
 @pytest.mark.parametrize('theme', ['JupyterLab Dark', 'JupyterLab Light'])
-def test_axe_finds_nothing_in_the_notebook(lab, theme):
+def test_axe_finds_nothing_in_the_notebook(lab, live, theme):
     lab.page.evaluate('theme => window.jupyterapp.commands.execute("apputils:change-theme", {theme})', theme)
     lab.page.wait_for_selector(f'body[data-jp-theme-light={"false" if "Dark" in theme else "true"}]', state='attached')
-    token(lab.cell(1), 2).click(); settled(lab.page)
-    lab.cell(1).locator('.readl-viewer').evaluate('region => region.id = "checked"')
+    token(live, 2).click(); settled(lab.page)
+    live.locator('.readl-viewer').evaluate('region => region.id = "checked"')
     found = violations(lab.page, '#checked')
     assert not found, '\n'.join(found)
 
 def test_hostile_text_is_only_text_in_the_notebook(lab):
-    lab.run(4); cell = lab.cell(4)
-    cell.locator('button.token').first.wait_for()
-    text = cell.locator('.readl-viewer').text_content()
-    assert all(each.strip() in text for each in HOSTILE), 'the text is not whole'
-    assert cell.locator('.readl-viewer script, .readl-viewer img[src=x]').count() == 0
-    token(cell, 3).click(); assert pressed(cell) == [3]
+    with shown(lab, 'hostile') as cell:
+        cell.locator('button.token').first.wait_for()
+        text = cell.locator('.readl-viewer').text_content()
+        assert all(each.strip() in text for each in HOSTILE), 'the text is not whole'
+        assert cell.locator('.readl-viewer script, .readl-viewer img[src=x]').count() == 0
+        token(cell, 3).click(); assert pressed(cell) == [3]
 
 def test_threshold_lab_follows_its_sliders_and_opens_the_viewer(lab, inspection):
-    lab.run(5); cell = lab.output(5)
-    cell.locator('.js-plotly-plot').first.wait_for()
-    before, shown = json.loads(lab.run(6)), cell.locator('table').first.text_content()
-    handle = cell.locator('.widget-slider').filter(has_text=re.compile('alpha|α')).locator('.noUi-handle')
-    handle.first.focus()
-    for _ in range(6): lab.page.keyboard.press('ArrowRight')
-    handle = cell.locator('.widget-slider .noUi-handle').first; handle.focus()
-    for _ in range(6): lab.page.keyboard.press('ArrowRight')
-    expect(cell.locator('table').first).not_to_have_text(shown, timeout=20_000)
-    after = json.loads(lab.run(6))
-    assert after[0] != before[0] and after[1] > before[1]
-    cell.locator('.thumbnail').first.click()
-    cell.locator('.readl-viewer button.token').first.wait_for()
-    assert cell.locator('.readl-viewer button.token').count() == len(inspection.attention)
+    with shown(lab, 'lab') as cell:
+        cell.locator('.js-plotly-plot').first.wait_for()
+        before, table = json.loads(lab.run(NUMBER['thresholds'])), cell.locator('table').first.text_content()
+        handle = cell.locator('.widget-slider').filter(has_text=re.compile('alpha|α')).locator('.noUi-handle')
+        handle.first.focus()
+        for _ in range(6): lab.page.keyboard.press('ArrowRight')
+        handle = cell.locator('.widget-slider .noUi-handle').first; handle.focus()
+        for _ in range(6): lab.page.keyboard.press('ArrowRight')
+        expect(cell.locator('table').first).not_to_have_text(table, timeout=20_000)
+        after = json.loads(lab.run(NUMBER['thresholds']))
+        assert after[0] != before[0] and after[1] > before[1]
+        cell.locator('.thumbnail').first.click()
+        cell.locator('.readl-viewer button.token').first.wait_for()
+        assert cell.locator('.readl-viewer button.token').count() == len(inspection.attention)
 
 def test_dataset_browser_filters_and_opens_an_image(lab):
-    lab.run(7); cell = lab.output(7)
-    cell.locator('.thumbnail').first.wait_for()
-    assert cell.locator('.thumbnail').count() == 6 and cell.locator('.thumbnail img').first.evaluate('picture => picture.naturalWidth > 0')
-    menu = cell.locator('.widget-dropdown').filter(has_text=re.compile('category')).locator('select')
-    menu.select_option(index=[option.split()[0] for option in menu.locator('option').all_text_contents()].index('metal'))
-    expect(cell.locator('.thumbnail .name').first).to_contain_text('metal', timeout=20_000)
-    expect(cell.locator('[role=status]').first).to_contain_text('images pass')
-    count = cell.locator('img').count()
-    cell.locator('.thumbnail').nth(1).click()
-    expect(cell.locator('img')).not_to_have_count(count, timeout=20_000)
+    with shown(lab, 'pictures') as cell:
+        cell.locator('.thumbnail').first.wait_for()
+        assert cell.locator('.thumbnail').count() == 6 and cell.locator('.thumbnail img').first.evaluate('picture => picture.naturalWidth > 0')
+        menu = cell.locator('.widget-dropdown').filter(has_text=re.compile('category')).locator('select')
+        menu.select_option(index=[option.split()[0] for option in menu.locator('option').all_text_contents()].index('metal'))
+        expect(cell.locator('.thumbnail .name').first).to_contain_text('metal', timeout=20_000)
+        expect(cell.locator('[role=status]').first).to_contain_text('images pass')
+        count = cell.locator('img').count()
+        cell.locator('.thumbnail').nth(1).click()
+        expect(cell.locator('img')).not_to_have_count(count, timeout=20_000)
 
 def test_training_monitor_follows_a_run(lab):
-    lab.run(8); cell = lab.output(8)
-    cell.locator('.js-plotly-plot').first.wait_for()
-    row = cell.locator('table tr').filter(has_text='run').last
-    expect(row).to_contain_text('1/', timeout=20_000)
-    lab.run(9)
-    expect(row).to_contain_text('2/', timeout=20_000)
-    expect(row).to_contain_text('0.25')
+    with shown(lab, 'monitor') as cell:
+        cell.locator('.js-plotly-plot').first.wait_for()
+        row = cell.locator('table tr').filter(has_text='run').last
+        expect(row).to_contain_text('1/', timeout=20_000)
+        lab.run(NUMBER['step'])
+        expect(row).to_contain_text('2/', timeout=20_000)
+        expect(row).to_contain_text('0.25')
 
 def test_dashboards_without_data_say_what_is_missing(lab):
-    lab.run(10)
-    for words in ('no such folder', 'Nothing to show yet'): expect(lab.output(10).get_by_text(re.compile(words)).first).to_be_visible(timeout=20_000)
-    assert lab.output(10).get_by_text(re.compile('no such (folder|run)|no/such')).count() >= 4
-    lab.run(11); assert lab.cell(1).locator('button.token').count() == 0, 'a closed viewer stays'
+    with shown(lab, 'missing') as cell:
+        for words in ('no such folder', 'Nothing to show yet'): expect(cell.get_by_text(re.compile(words)).first).to_be_visible(timeout=20_000)
+        assert cell.get_by_text(re.compile('no such (folder|run)|no/such')).count() >= 4

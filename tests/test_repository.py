@@ -64,7 +64,7 @@ def test_notebook_opens_with_module_title_and_purpose(path):
     if path.parent.name == 'ablations': assert sources[0].startswith('# Parameters'), 'an ablation begins with its parameters'
     elif path.parent.name != 'nbs': assert not module_of(path) and sources[0].startswith('# '), 'tutorials and pages begin with their title and export nothing'
     elif path.name != 'index.ipynb': assert sources[0].startswith('#| default_exp '), 'the first cell names the module: #| default_exp NAME'
-    assert any(re.match(r'# \S', source) for source in head), 'no `# Title` within the first four cells'
+    assert any(re.match(r'# [^\s#]', source) for source in head), 'no `# Title` within the first four cells'
     purposes = [line for source in head for line in source.splitlines() if line.startswith('> ')]
     assert len(purposes) == 1, 'one line that starts with `> ` and states the purpose belongs within the first four cells'
 
@@ -92,11 +92,13 @@ def test_notebooks_import_only_from_smaller_numbers():
         assert used <= {*order, '_modidx'}, f'{path.name} imports {used - {*order}}, which no notebook exports'
 
 def test_pictures_in_notebooks_are_small():
+    sizes = {name_of(path): path.stat().st_size for path in (ROOT/'nbs').rglob('images/*') if path.is_file()}
     for path in NOTEBOOKS:
-        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
-            for output in cell.get('outputs', []):
-                size = len(''.join(output.get('data', {}).get('image/png', ''))) * 3 // 4
-                assert size < 250_000, f'{path.name} stores a picture of {size} bytes'
+        outputs = [output for cell in json.loads(path.read_text(encoding='utf-8'))['cells'] for output in cell.get('outputs', [])]
+        for kind in ('image/png', 'image/jpeg'):
+            sizes |= {f'{name_of(path)}, output {n}': len(''.join(output['data'][kind])) * 3 // 4 for n, output in enumerate(outputs) if kind in output.get('data', {})}
+    large = {name: size for name, size in sizes.items() if size >= 250_000}
+    assert len(sizes) > 40 and not large, f'pictures of 250 kB and more: {large}'
 
 # --- the package is what the notebooks say ---
 

@@ -1,11 +1,12 @@
 """What a reader of the site meets: links, anchors, pictures, and what opens the notebooks elsewhere.
 
 Nothing is rendered (that needs Quarto); what Quarto would read is checked instead."""
-import json, os, posixpath, re, subprocess, sys
+import json, os, posixpath, re, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
-import pytest, yaml
+import nbformat, pytest, yaml
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT/'nbs'
@@ -124,22 +125,64 @@ def test_launcher_links_to_every_notebook():
     direct = {target.split('#')[0] for target in links(PAGES/'index.ipynb')}
     assert not [name_of(path) for path in NOTEBOOKS if name_of(path) not in {*direct, 'index.ipynb'}], 'nbs/index.ipynb is the page from which everything is reached'
 
+def documented_start():
+    "The two commands under `Open it` on the start page, as words."
+    text = next(text_of(cell['source']) for cell in cells(PAGES/'index.ipynb') if text_of(cell['source']).startswith('## Open it'))
+    return [line.split('#')[0].split() for line in re.search(r'^```bash\n(.*?)^```$', text, re.M | re.S)[1].splitlines()]
+
 def test_jupyterlab_opens_the_launcher_in_a_checkout_only(tmp_path):
     "A real server is started twice; what it prints is the page that it would open."
     (tmp_path/'config').mkdir(); (tmp_path/'elsewhere').mkdir()
-    settings = {'ServerApp': {'jpserver_extensions': {'readl_nb.launcher': True}}}
-    (tmp_path/'config/jupyter_server_config.json').write_text(json.dumps(settings), encoding='utf-8')
     places = {f'JUPYTER_{name}_DIR': str(tmp_path/name.lower()) for name in ('CONFIG', 'DATA', 'RUNTIME')}
+    enable, start = documented_start()
+    assert enable == ['python', '-m', 'readl_nb.launcher'] and start == ['jupyter', 'lab']
+    subprocess.run([sys.executable, *enable[1:], tmp_path/'config'], check=True, timeout=120)   # not into the environment of the tests
     for folder, page in ((ROOT, '/lab/tree/nbs/index.ipynb?'), (tmp_path/'elsewhere', '/lab?')):
         command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--port=0', '--ServerApp.open_browser=False']
         server = subprocess.Popen(command, cwd=folder, env={**os.environ, **places}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        limit = threading.Timer(120, server.kill); limit.start()   # reading ends with the server, whatever it prints
         try: told = next((line for line in server.stdout if 'token=' in line), '')
-        finally: server.terminate(); server.communicate(timeout=60)
-        assert page in told, told
+        finally: limit.cancel(); server.terminate(); server.communicate(timeout=60)
+        assert page in told, told or 'JupyterLab ended, or printed no address within two minutes'
+
+TUTORIALS = [path for path in NOTEBOOKS if path.parent.name == 'tutorials']
+
+@pytest.mark.parametrize('path', TUTORIALS, ids=name_of)
+def test_tutorials_keep_their_form(path):
+    source = [text_of(cell['source']) for cell in cells(path)]
+    kind = [cell['cell_type'] for cell in cells(path)]
+    text = '\n\n'.join(words for words, of in zip(source, kind) if of == 'markdown')
+    badge = f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/readl-nb/readl_nb/blob/main/nbs/{name_of(path)})'
+    assert badge in source[1], 'the second cell has a badge that opens this very notebook in Colab'
+    headings = re.findall(r'^## +(.*)', FENCE.sub('', text), re.M)
+    assert headings[0] == 'The question' and headings[-1] == 'Remember', f'the question first, what to remember last: {headings}'
+    assert len(re.findall(r'^\*\*Predict', text, re.M)) >= 2, 'at least two predictions'
+    numbers = [int(number) for number in re.findall(r'^### Exercise (\d+)', text, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1)) and 3 <= len(numbers) <= 5, f'three to five exercises, numbered: {numbers}'
+    for number, here in zip(numbers, [n for n, words in enumerate(source) if kind[n] == 'markdown' and re.search(r'^### Exercise', words, re.M)], strict=True):
+        ends = next((n for n in range(here + 1, len(source)) if kind[n] == 'markdown'), len(source))
+        code = range(here + 1, ends)
+        solved = [n for n in code if '#| code-summary: "Solution"' in source[n]]
+        asked = [n for n in code if re.search(rf'^(answer_{number} =|    return) \.\.\. *(#.*)?$', source[n], re.M) and n not in solved]
+        checked = [n for n in code if re.search(r'^check\(', source[n], re.M) and n not in solved]
+        assert len(asked) == len(checked) == len(solved) == 1 and asked < checked < solved, f'exercise {number}: a cell in which ... waits to be replaced, a cell that ends in check(...), a solution, in this order'
+        solution = cells(path)[solved[0]]
+        assert solution['metadata'].get('jupyter', {}).get('source_hidden') is True and '#| code-fold: true' in source[solved[0]], f'exercise {number}: the solution is hidden in JupyterLab and folded on the site'
+        assert re.search(r'^\s*assert check\(.*\.right', source[solved[0]], re.M | re.S), f'exercise {number}: the solution is not checked'
+
+@pytest.mark.parametrize('path', sorted((PAGES/'pages').glob('*.ipynb')), ids=name_of)
+def test_pages_store_what_they_say_now(path):
+    "The site shows stored outputs; the tables of a page are made from the code and from other notebooks, which change."
+    shown = lambda page: [[output.get('text') or output['data'].get('text/markdown') for output in cell.outputs if output.output_type != 'display_data' or 'text/markdown' in output.data]
+                          for cell in page.cells if cell.cell_type == 'code']
+    stored, now = nbformat.read(path, as_version=4), nbformat.read(path, as_version=4)
+    if not any(shown(stored)): return   # no code, nothing to go stale
+    NotebookClient(now, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    assert shown(stored) == shown(now), f'run {name_of(path)} again and save it'
 
 def test_devcontainer_opens_the_launcher():
     container = json.loads((ROOT/'.devcontainer/devcontainer.json').read_text(encoding='utf-8'))
-    assert '3.11' in container['image'] and '-c constraints.txt' in container['postCreateCommand'] and 'readl_nb.launcher' in container['postCreateCommand']
+    assert '3.11' in container['image'] and '-c constraints.txt' in container['postCreateCommand'] and ' '.join(documented_start()[0]) in container['postCreateCommand']
     assert all((ROOT/name).is_file() for name in container['customizations']['codespaces']['openFiles'])
 
 @pytest.mark.parametrize('name', ['site', 'tests'])
@@ -147,6 +190,7 @@ def test_workflows_are_pinned_and_ask_for_little(name):
     flow = yaml.safe_load((ROOT/f'.github/workflows/{name}.yml').read_text(encoding='utf-8'))
     steps = [step for job in flow['jobs'].values() for step in job['steps']]
     assert all(re.search(r'@[0-9a-f]{40}$', step['uses']) for step in steps if 'uses' in step), 'an action is pinned by its full commit'
+    if name == 'site': assert flow['concurrency']['cancel-in-progress'] == "${{ github.event_name == 'pull_request' }}", 'a publication that has begun is let finish'
     assert flow['permissions'] == {'contents': 'read'} and all('timeout-minutes' in job for job in flow['jobs'].values())
     runs = '\n'.join(step.get('run', '') for step in steps)
     assert ('nbdev_docs' in runs) if name == 'site' else ('.ci/run' in runs)
