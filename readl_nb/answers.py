@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['INSPECTOR', 'TIERS', 'PROBLEMS', 'LONGEST', 'VERDICT', 'ABSENT', 'PRESENT', 'HEDGE', 'SECRET', 'PASSING', 'PATIENCE',
            'MOST', 'check_tier', 'Answer', 'sentences', 'verdicts', 'stated', 'find_answer', 'read_answer',
-           'fit_prompt', 'messages', 'load_any', 'picture_ids', 'LocalModel', 'ask_local', 'with_odds', 'ask_safely',
-           'weights_digest', 'settings', 'data_url', 'request', 'redact', 'without_key', 'chat_url', 'is_local',
-           'read_key', 'Pace', 'waiting_time', 'Refused', 'post', 'server_says', 'read_reply', 'Endpoint', 'ask_all',
-           'ask_endpoint', 'lost', 'refusal']
+           'fit_prompt', 'messages', 'read_group', 'load_any', 'picture_ids', 'LocalModel', 'ask_local', 'with_odds',
+           'ask_safely', 'weights_digest', 'settings', 'data_url', 'request', 'redact', 'without_key', 'chat_url',
+           'is_local', 'read_key', 'Pace', 'waiting_time', 'Refused', 'post', 'server_says', 'read_reply', 'Endpoint',
+           'ask_all', 'ask_endpoint', 'lost', 'refusal']
 
 # %% ../nbs/06c_answers.ipynb #c003
 import base64
@@ -174,12 +174,24 @@ def fit_prompt(
     raise ValueError('its processor has no chat template that shows a question: give an instruction-tuned checkpoint')
 
 def messages(
-    prompt: Prompt,                    # what to ask
-    image: Image.Image | None = None,  # goes to the place of the image
+    prompt: Prompt,   # what to ask
+    images=None,      # goes to the place of the image: one, or as many as the prompt shows
 ) -> list[dict]:
-    "The chat messages of a prompt, without an empty system message, with the image in its place."
+    "The chat messages of a prompt, without an empty system message, with the images in their places; `ValueError` for another number of images."
     said = [message for message in prompt.messages() if message['role'] != 'system' or prompt.system]
-    return [message | dict(content=[part | dict(image=image) if part['type'] == 'image' and image is not None else part for part in message['content']]) for message in said]
+    if images is None: return said
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if len(images) != prompt.images: raise ValueError(f'the prompt shows {prompt.images} image(s) but {len(images)} are given: give as many as `Prompt.images`')
+    turn = iter(images)
+    return [message | dict(content=[part | dict(image=next(turn)) if part['type'] == 'image' else part for part in message['content']]) for message in said]
+
+def read_group(
+    source,   # an image as `images.read_image` takes it, or a list or tuple of them
+):
+    "The image, or the list of images, upright and RGB, or the `Failure` that says why one cannot be read."
+    if not isinstance(source, (list, tuple)): return read_or_fail(source)
+    read = [read_or_fail(each) for each in source]
+    return next((each for each in read if isinstance(each, Failure)), read)
 
 # %% ../nbs/06c_answers.ipynb #c029
 def load_any(
@@ -238,14 +250,16 @@ class LocalModel:
 
     def answers(
         self,
-        images: list,                # PIL images (or anything `images.read_image` takes)
+        images: list,                # PIL images (or anything `images.read_image` takes), or lists of them where a prompt shows several
         max_new_tokens: int = 512,   # length of a response at most
         temperature: float = 0.,     # 0 = always the most likely token
         seed: int | None = None,     # for temperatures above 0
+        prompts: list | None = None, # a `models.Prompt` each; None asks the question of the tier
     ) -> list[Answer | Failure]:
-        "One `Answer` an image, in order; a `Failure` for an image that cannot be done."
-        read = [read_or_fail(source) for source in images]
-        good = [image for image in read if not isinstance(image, Failure)]
+        "One `Answer` an image (or list of images), in order; a `Failure` for one that cannot be done."
+        read = [read_group(source) for source in images]
+        asked = [self.prompt] * len(read) if prompts is None else [fit_prompt(self.vlm.processor, prompt) for prompt in prompts]
+        good = [(image, prompt) for image, prompt in zip(read, asked, strict=True) if not isinstance(image, Failure)]
         with seeded(self.vlm, seed):
             done = iter([a for n in range(0, len(good), self.batch_size) for a in ask_safely(self, good[n:n + self.batch_size], max_new_tokens, temperature)])
         return [image if isinstance(image, Failure) else next(done) for image in read]
@@ -253,14 +267,14 @@ class LocalModel:
 # %% ../nbs/06c_answers.ipynb #c032
 @torch.no_grad()
 def ask_local(
-    model: LocalModel,          # who is asked
-    images: list[Image.Image],  # one batch, RGB
-    max_new_tokens: int,        # length of a response at most
-    temperature: float,         # 0 = always the most likely token
+    model: LocalModel,     # who is asked
+    batch: list,           # (RGB image or list of them, prompt) each
+    max_new_tokens: int,   # length of a response at most
+    temperature: float,    # 0 = always the most likely token
 ) -> list[Answer]:
     "The answers to one batch."
     vlm, tokenizer = model.vlm, model.vlm.tokenizer
-    chats = [messages(model.prompt, fitted(image, vlm.image_size)) for image in images]
+    chats = [messages(prompt, [fitted(each, vlm.image_size) for each in (image if isinstance(image, list) else [image])]) for image, prompt in batch]
     batch = vlm.processor.apply_chat_template(chats, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors='pt', processor_kwargs=dict(padding=True))
     logits = AnswerLogits(tokenizer)
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature > 0 else dict(do_sample=False, temperature=None, top_k=None, top_p=None)
@@ -284,14 +298,14 @@ def with_odds(
     odds = next((float(differences[n]) for n, (_, end) in enumerate(token_spans(tokenizer, response.token_ids)) if end > at), math.nan)
     return replace(said, log_odds=odds) if math.isfinite(odds) else said
 
-def ask_safely(model, images, *generation) -> list:
+def ask_safely(model, batch, *generation) -> list:
     "Like `ask_local`, with a `Failure` in place of each image that cannot be done."
-    try: return ask_local(model, images, *generation)
+    try: return ask_local(model, batch, *generation)
     except Exception as error: reason = why(error)   # anything: the other images of a long run must not be lost
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    if len(images) == 1: return [Failure('', reason)]
-    half = len(images) // 2
-    return ask_safely(model, images[:half], *generation) + ask_safely(model, images[half:], *generation)
+    if len(batch) == 1: return [Failure('', reason)]
+    half = len(batch) // 2
+    return ask_safely(model, batch[:half], *generation) + ask_safely(model, batch[half:], *generation)
 
 # %% ../nbs/06c_answers.ipynb #c040
 def weights_digest(
@@ -328,15 +342,16 @@ def data_url(
 
 def request(
     endpoint,                   # an `Endpoint`
-    image: Image.Image,         # RGB
+    image,                      # RGB, or a list of RGB images where the prompt shows several
     max_new_tokens: int = 512,  # length of a response at most
     temperature: float = 0.,    # 0 = always the most likely token
     seed: int | None = None,    # where the server takes one
+    prompt: Prompt | None = None, # what to ask; None asks the question of the tier
 ) -> dict:
-    "The JSON that asks about one image: all that an endpoint receives besides the key."
-    content = {'image': lambda part: dict(type='image_url', image_url=dict(url=data_url(image, endpoint.image_size))), 'text': lambda part: part}
+    "The JSON that asks about one image or group of images: all that an endpoint receives besides the key."
+    content = {'image': lambda part: dict(type='image_url', image_url=dict(url=data_url(part['image'], endpoint.image_size))), 'text': lambda part: part}
     said = [message | dict(content=message['content'][0]['text'] if message['role'] == 'system' else [content[part['type']](part) for part in message['content']])
-            for message in messages(TIERS[endpoint.tier])]
+            for message in messages(prompt or TIERS[endpoint.tier], image)]
     fields = dict(model=endpoint.model, messages=said, max_tokens=max_new_tokens, temperature=temperature, seed=seed) | (endpoint.fields or {})
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -517,36 +532,41 @@ class Endpoint:
 
     def answers(
         self,
-        images: list,                # PIL images (or anything `images.read_image` takes)
+        images: list,                # PIL images (or anything `images.read_image` takes), or lists of them where a prompt shows several
         max_new_tokens: int = 512,   # length of a response at most
         temperature: float = 0.,     # 0 = always the most likely token
         seed: int | None = None,     # where the server takes one
+        prompts: list | None = None, # a `models.Prompt` each; None asks the question of the tier
     ) -> list[Answer | Failure]:
-        "One `Answer` an image, in order; a `Failure`, one line without the key, for an image that cannot be done."
-        return ask_all(self, images, lambda image: request(self, image, max_new_tokens, temperature, seed))
+        "One `Answer` an image (or list of images), in order; a `Failure`, one line without the key, for one that cannot be done."
+        if prompts is not None and len(prompts) != len(images): raise ValueError(f'there are {len(images)} images and {len(prompts)} prompts; give one each')
+        return ask_all(self, images, lambda image, prompt: request(self, image, max_new_tokens, temperature, seed, prompt), prompts)
 
 # %% ../nbs/06c_answers.ipynb #c063
 def ask_all(
     endpoint: Endpoint,  # who is asked
     images: list,        # what about
-    body,                # image -> JSON
+    body,                # image, prompt -> JSON
+    prompts=None,        # one each, or None
 ) -> list[Answer | Failure]:
     "The answer to each image, by `endpoint.workers` threads, in order."
+    pairs = [*zip(images, prompts or [None] * len(images))]
     key, final = read_key(endpoint), []
     with httpx2.Client(timeout=endpoint.timeout, trust_env=not is_local(endpoint.url), follow_redirects=False) as client:
-        def one(source):
-            image = read_or_fail(source)
+        def one(pair):
+            source, prompt = pair
+            image, name = read_group(source), path_of(source[-1] if isinstance(source, (list, tuple)) else source)
             if isinstance(image, Failure): return image
-            if final: return Failure(path_of(source), final[0])
-            try: return ask_endpoint(endpoint, client, body(image), key)
+            if final: return Failure(name, final[0])
+            try: return ask_endpoint(endpoint, client, body(image, prompt), key)
             except Refused as error:
                 sentence = redact(str(error), key)
                 if error.final: final.append(sentence)
-                return Failure(path_of(source), sentence)
-            except Exception as error: return Failure(path_of(source), redact(why(error), key))   # anything: the other images must not be lost
-        if endpoint.workers == 1: return [one(source) for source in images]
+                return Failure(name, sentence)
+            except Exception as error: return Failure(name, redact(why(error), key))   # anything: the other images must not be lost
+        if endpoint.workers == 1: return [one(pair) for pair in pairs]
         pool = ThreadPoolExecutor(endpoint.workers)
-        try: return list(pool.map(one, images))
+        try: return list(pool.map(one, pairs))
         finally: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/06c_answers.ipynb #c064

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'MEASURED', 'CURVES', 'METHODS', 'ALL', 'WIDE', 'STYLES', 'CLEAR', 'POINTS', 'SLOTS', 'SIDE',
-           'BROWSER_COLUMNS', 'ORDERS', 'OUTCOMES', 'Case', 'case_of', 'given_mask', 'cases_of', 'reason_of', 'lacking',
-           'items_of', 'listed', 'weigh', 'map_of', 'quick_areas', 'measure', 'place_on', 'Debounced', 'release',
-           'controls_of', 'config_in', 'as_code', 'measures_table', 'Thumbnails', 'draw_in', 'curve_figure',
+           'BROWSER_COLUMNS', 'ORDERS', 'OUTCOMES', 'LINES', 'Case', 'case_of', 'given_mask', 'cases_of', 'reason_of',
+           'lacking', 'items_of', 'listed', 'weigh', 'map_of', 'quick_areas', 'measure', 'place_on', 'Debounced',
+           'release', 'controls_of', 'config_in', 'as_code', 'measures_table', 'Thumbnails', 'draw_in', 'curve_figure',
            'show_curve', 'Dashboard', 'row', 'picture_of', 'viewer_of', 'update_lab', 'draw_maps', 'ThresholdLab',
-           'threshold_lab', 'browser_rows', 'judged_rows', 'dataset_rows', 'chosen_rows', 'item_of', 'item_failed',
-           'thumbnail', 'truth_of', 'described', 'filters_of', 'set_range', 'DatasetBrowser', 'dataset_browser']
+           'threshold_lab', 'browser_rows', 'judged_rows', 'dataset_rows', 'chosen_rows', 'Region', 'true_boxes',
+           'item_of', 'item_failed', 'thumbnail', 'truth_of', 'with_boxes', 'described', 'reference_of', 'filters_of',
+           'set_range', 'DatasetBrowser', 'dataset_browser']
 
 # %% ../nbs/12_dashboards.ipynb #c002
 import asyncio
@@ -27,8 +28,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import traitlets
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
+from scipy.ndimage import find_objects, label
 from tqdm.auto import tqdm
 
 from .aggregation import to_pixels, token_weights
@@ -36,10 +38,11 @@ from .datasets import labelled, read_mask
 from .evaluation import Result, load_results, mean_of, read_folder, resized
 from .images import BadImage, one_line, read_image, show_name
 from .inspection import Failure, Inspection, ReALConfig, data_uri, fit, overlay
-from .metrics import areas, lacks
+from .metrics import EVERY_NEIGHBOUR, areas, lacks
 from .results import judge, outline
 from .scoring import normalise, semantic_relevance, spatial_entropy, threshold
 from .viewer import TokenViewer, real_config
+from .viewer_page import shares_of
 
 # %% ../nbs/12_dashboards.ipynb #c005
 @dataclass(frozen=True, eq=False)
@@ -445,10 +448,11 @@ def viewer_of(
     item,          # a `Result` or an `Inspection`
     mask=None,     # of an Inspection, [h, w]
     state=None,    # as for `TokenViewer`
+    boxes=None,    # as for one inspection of `TokenViewer`
 ) -> widgets.Widget:
     "The `TokenViewer` of one image; where there is no attention to look at, the image and what was said about it."
-    try: return described(item) if item.attention is None else TokenViewer(item, masks=None if mask is None else [mask], state=state)
-    except UNREADABLE as error: return described(item) if isinstance(item, Result) else widgets.HTML(f'<p>{html.escape(one_line(error))}</p>')
+    try: return described(item, boxes) if item.attention is None else TokenViewer(item, masks=None if mask is None else [mask], state=state, boxes=[boxes])
+    except UNREADABLE as error: return described(item, boxes) if isinstance(item, Result) else widgets.HTML(f'<p>{html.escape(one_line(error))}</p>')
 
 # %% ../nbs/12_dashboards.ipynb #c041
 def update_lab(
@@ -582,6 +586,7 @@ def dataset_rows(
 ) -> tuple[pd.DataFrame, list[dict]]:
     "`browser_rows` of a dataset."
     items = (source if hasattr(source, 'column_names') else labelled(source)).with_format(None).to_list()
+    items = [{'mask': None} | item if 'boxes' in item else item for item in items]   # explanations (22_explanations) have boxes instead of masks
     missing = {'path', 'mask', 'label', 'category', 'defect', 'split'} - set(items[0] if items else ())
     if missing: raise ValueError(f'the dataset has no column {" and ".join(sorted(missing))}; make it with datasets.labelled' if items else 'the dataset is empty; give one with images')
     top = os.path.commonpath([os.path.dirname(item['path']) for item in items])
@@ -611,47 +616,99 @@ def chosen_rows(
     found = rows[keep] if by is None else rows[keep].sort_values(by, ascending=rising, kind='stable')
     return [int(n) for n in found.index]
 
-# %% ../nbs/12_dashboards.ipynb #c058
+# %% ../nbs/12_dashboards.ipynb #c059
+@dataclass(frozen=True)
+class Region:
+    "A box in pixels of an image."
+    corners: tuple    # (x1, y1, x2, y2)
+    label: str = ''
+
+def true_boxes(
+    item,             # a `Result` or the row of a dataset
+    size: tuple,      # (width, height) of its image
+) -> list[tuple]:
+    "('true', box) of each: of the column `boxes`, given for squares of `image_size` pixels, or of the connected parts of the mask; none where neither is known."
+    record = item.record if isinstance(item, Result) else item
+    if isinstance(item, dict) and item.get('boxes') is not None:
+        scale = [side / (item.get('image_size') or 420) for side in (*size, *size)]
+        return [('true', Region(tuple(float(v) * s for v, s in zip(box['bbox_2d'], scale)), str(box.get('label') or ''))) for box in item['boxes'] if isinstance(box, dict) and len(box.get('bbox_2d') or ()) == 4]
+    mask = truth_of(item, size)
+    parts = [] if mask is None else find_objects(label(mask, EVERY_NEIGHBOUR)[0])
+    return [('true', Region((x.start, y.start, x.stop, y.stop), record['defect'])) for y, x in parts]
+
+# %% ../nbs/12_dashboards.ipynb #c060
 def item_of(
     row,              # of `browser_rows`
     item,             # its `Result` or dict
     maps: bool,       # show the map over the image, where there is one
     side: int = 240,  # of the picture
+    boxes=None,       # function (item, image) -> boxes, None: none are drawn
 ) -> dict:
     "number, picture (address, '' when it cannot be read), name and note of one thumbnail, one line each."
     scores = [f'{name} {row[name]:{form}}' for name, form in (('log-odds', '+.1f'), ('pixel AUROC', '.2f')) if not np.isnan(row[name])]
     said = [row['kind'], *([] if item_failed(item) or isinstance(item, dict) else [f"answer {row['answer'] or 'none'}"]), *([row['outcome']] if row['outcome'] not in ('normal', row['kind']) else []), *scores]
-    return dict(number=int(row.name), picture=thumbnail(item, maps, side), name=show_name(row['name'], 60), note=one_line(' · '.join(map(str, said)), 160))
+    return dict(number=int(row.name), picture=thumbnail(item, maps, side, boxes), name=show_name(row['name'], 60), note=one_line(' · '.join(map(str, said)), 160))
 
 def item_failed(item): return isinstance(item, Result) and bool(item['failure'])
 
-def thumbnail(item, maps, side) -> str:
-    "The small picture with the defect outlined, as an address; '' when the image cannot be read."
+# %% ../nbs/12_dashboards.ipynb #c061
+def thumbnail(item, maps, side, boxes=None) -> str:
+    "The small picture with the defect outlined or boxes drawn, as an address; '' when the image cannot be read."
     try:
         image = item.image() if isinstance(item, Result) else read_image(item['path'])
     except (BadImage, OSError): return ''
     try: grid = item.grid_map if maps and isinstance(item, Result) else None
     except UNREADABLE: grid = None
     picture = fit(image, side) if grid is None else overlay(image, grid, side=side)
-    return data_uri(outline(picture, truth_of(item, image)))
+    return data_uri(outline(picture, truth_of(item, image.size)) if boxes is None else with_boxes(picture, shares_of(boxes(item, image.size), image.size)[0]))
 
-def truth_of(item, image):
+def truth_of(item, size):
     "The mask, bool [h, w]; None for a normal image and where there is none that can be read."
-    try: return (item.mask() if item['label'] and item['mask'] and not item['failure'] else None) if isinstance(item, Result) else read_mask(item['mask'], image.size) if item['label'] and item['mask'] else None
+    try: return (item.mask() if item['label'] and item['mask'] and not item['failure'] else None) if isinstance(item, Result) else read_mask(item['mask'], size) if item['label'] and item['mask'] else None
     except ValueError: return None
 
+LINES = {'predicted': ('#e8711a', 9, 0), 'true': ('#6cc0f5', 9, 5), 'hint': ('#e58fc0', 2, 5), 'map': ('#1fc795', 13, 3)}   # colour, dash and gap in pixels
+
+def with_boxes(
+    picture: Image.Image,
+    boxes: list[dict],   # of `viewer_page.shares_of`
+) -> Image.Image:
+    "A copy of the picture with the boxes and their labels; the lines differ in dash and colour, as in the viewer."
+    picture = picture.convert('RGB'); pen, font = ImageDraw.Draw(picture), ImageFont.load_default(10)
+    for box in boxes:
+        (colour, dash, gap), (x1, y1, x2, y2) = LINES[box['kind']], (share * (side - 1) for share, side in zip(box['box'], (*picture.size, *picture.size)))
+        for shade, width in (('black', 4), (colour, 2)):
+            for x in np.arange(x1, x2, dash + gap): [pen.line((x, y, min(x + dash, x2), y), shade, width) for y in (y1, y2)]
+            for y in np.arange(y1, y2, dash + gap): [pen.line((x, y, x, min(y + dash, y2)), shade, width) for x in (x1, x2)]
+    for box in boxes:   # names over all lines
+        told, (x1, y1, _, y2) = f"{box['kind']}: {box['label']}" if box['label'] else box['kind'], (share * side for share, side in zip(box['box'], (*picture.size, *picture.size)))
+        wide = pen.textlength(told, font) + 4
+        x = max(0, min(x1, picture.width - wide)); y = max(0, y1 - 12) if box['kind'] == 'predicted' else min(y2, picture.height - 12)
+        pen.rectangle((x, y, x + wide, y + 12), fill=LINES[box['kind']][0]); pen.text((x + 2, y), told, 'black', font)
+    return picture
+
+# %% ../nbs/12_dashboards.ipynb #c062
 def described(
-    item,   # a `Result` or the row of a dataset
+    item,         # a `Result` or the row of a dataset
+    boxes=None,   # that are drawn instead of the outline, as for one inspection of `TokenViewer`
 ) -> widgets.HTML:
-    "The image, large, with its defect outlined, and what is known about it."
+    "The image, large, with its defect outlined or boxes, its reference beside it, and what is known about it."
     record = item.record if isinstance(item, Result) else item
-    address = thumbnail(item, False, 420)
+    address = thumbnail(item, False, 420, boxes and (lambda *_: boxes))
+    beside = reference_of(item)
     facts = {'image': record['path'], 'truth': f"{'defective' if record['label'] else 'normal'} ({record['defect']})", 'category': record['category'], 'split': record.get('split'), 'masks': ', '.join(record['mask'] or []),
              'explanation': record.get('explanation'), 'failed': record.get('failure'), 'answer': record.get('answer'), 'response': record.get('text')}
     lines = ''.join(f'<p><b>{name}</b>: {html.escape(one_line(value, 1000))}</p>' for name, value in facts.items() if value)
-    return widgets.HTML((f'<img src="{address}" alt="the image, defect outlined" style="max-width:100%">' if address else '<p>The image cannot be read.</p>') + lines)
+    normal = f'<img src="{beside}" alt="its normal reference" title="reference (normal)" style="max-width:100%;margin-left:8px">' if beside else ''
+    return widgets.HTML((f'<img src="{address}" alt="the image, {"boxes drawn" if boxes else "defect outlined"}" style="max-width:100%">' if address else '<p>The image cannot be read.</p>') + normal + lines)
 
-# %% ../nbs/12_dashboards.ipynb #c059
+def reference_of(item) -> str:
+    "The small normal image that belongs to an item, as an address; '' when there is none that can be read."
+    try: image = item.reference() if isinstance(item, Result) else read_image(item['reference']) if item.get('reference') else None
+    except (BadImage, OSError): return ''
+    return data_uri(fit(image, 240)) if image else ''
+
+# %% ../nbs/12_dashboards.ipynb #c063
 def filters_of(
     rows: pd.DataFrame,   # from `browser_rows`
 ) -> dict:
@@ -666,6 +723,7 @@ def filters_of(
     made['order'] = widgets.Dropdown(options=[name for name, (by, _) in ORDERS.items() if by is None or by in scores], description='order', **WIDE)
     made['view'] = widgets.ToggleButtons(options=['thumbnails', 'table'], style=dict(button_width='100px'))
     made['maps'] = widgets.Checkbox(value=False, description='anomaly maps', indent=False, layout=dict(width='130px'), disabled='right answer' not in [value for _, value in outcomes])
+    made['boxes'] = widgets.Checkbox(value=False, description='boxes', indent=False, layout=dict(width='80px'))
     for name, told, icon in (('back', 'Previous page', 'arrow-left'), ('on', 'Next page', 'arrow-right')): made[name] = widgets.Button(description=told, icon=icon, layout=dict(width='140px'))
     made['again'] = widgets.Button(description='Read again', tooltip='Read the folder again, where images may have been added', icon='refresh', layout=dict(width='120px'))
     return made
@@ -679,7 +737,7 @@ def set_range(
     with slider.hold_trait_notifications(): slider.min, slider.max = min(low, slider.max), max(high, low + .01)
     slider.min = low; slider.value = slider.min, slider.max
 
-# %% ../nbs/12_dashboards.ipynb #c060
+# %% ../nbs/12_dashboards.ipynb #c064
 class DatasetBrowser(Dashboard):
     "What `dataset_browser` gives: `rows` are all images, `passing` the numbers of those that pass the filters, `shown` those on the page."
     def fill(self):
@@ -690,12 +748,13 @@ class DatasetBrowser(Dashboard):
         self.thumbnails, self.status = Thumbnails(), widgets.HTML()
         self.scored = self.rows[found['score'].value] if not found['score'].disabled else None
         if self.scored is not None: set_range(found['between'], self.scored)
-        for name in ('category', 'kind', 'split', 'outcome', 'between', 'order', 'maps'): found[name].observe(self.first_page, 'value')
+        found['boxes'].value = self.how.get('boxes') is not None
+        for name in ('category', 'kind', 'split', 'outcome', 'between', 'order', 'maps', 'boxes'): found[name].observe(self.first_page, 'value')
         found['score'].observe(lambda change: set_range(found['between'], self.rows[change.new]), 'value')
         found['view'].observe(lambda change: setattr(self.thumbnails, 'view', change.new), 'value')
         found['back'].on_click(lambda _: self.turn(-1)); found['on'].on_click(lambda _: self.turn(1)); found['again'].on_click(self.read)
         self.thumbnails.observe(lambda change: 0 <= change.new[0] < len(self.items) and self.open_image(change.new[0]), 'chosen')
-        self.children = [widgets.HTML(STYLES), row(*(found[name] for name in ('category', 'kind', 'split', 'outcome', 'score', 'between', 'order'))), row(found['view'], found['maps'], found['again']),
+        self.children = [widgets.HTML(STYLES), row(*(found[name] for name in ('category', 'kind', 'split', 'outcome', 'score', 'between', 'order'))), row(found['view'], found['maps'], found['boxes'], found['again']),
                          self.status, self.thumbnails, row(found['back'], found['on']), self.below]
         self.update.settle()
 
@@ -712,25 +771,40 @@ class DatasetBrowser(Dashboard):
         self.controls['back'].disabled, self.controls['on'].disabled = self.page == 0, self.page == pages - 1
         self.status.value = f'<p role="status">{len(self.passing)} of {len(self.rows)} images pass' + (f', {first + 1} to {first + len(self.shown)} shown' if self.shown else '; widen a filter') + '.</p>' + ''.join(f'<p>{html.escape(note)}</p>' for note in self.notes)
         items = []
-        for n in self.shown: yield; items.append(self.item(n, of['maps']))   # the kernel looks whether something has moved
+        for n in self.shown: yield; items.append(self.item(n, of['maps'], of['boxes']))   # the kernel looks whether something has moved
         self.thumbnails.chosen = [-1, 0]; self.thumbnails.items = items
 
-    def item(self, n, maps):
+    def item(self, n, maps, boxes=False):
         if len(self.pictures) > 500: self.pictures.clear()
-        if (n, maps) not in self.pictures: self.pictures[n, maps] = item_of(self.rows.loc[n], self.items[n], maps)
-        return self.pictures[n, maps]
+        if (n, maps, boxes) not in self.pictures: self.pictures[n, maps, boxes] = item_of(self.rows.loc[n], self.items[n], maps, boxes=self.boxes_of if boxes else None)
+        return self.pictures[n, maps, boxes]
 
-    def open_image(self, number: int):   # of an image, as in `rows`
-        "Nothing; the image is opened below."
-        item = self.items[number]
-        self.show_below(viewer_of(item) if isinstance(item, Result) and not item['failure'] else described(item))
+# %% ../nbs/12_dashboards.ipynb #c065
+def _boxes_of(self, item, size):
+    "True boxes, and those of the function that was given; when it fails there are none, and the page says so."
+    try: given = list((self.how.get('boxes') or (lambda item: ()))(item)); shares_of(given, size)
+    except Exception as error:   # of a function that is not ours
+        given, told = [], one_line(f'boxes: {type(error).__name__}: {error}', 200)
+        if told not in self.notes: self.notes = [*self.notes[-4:], told]
+    return true_boxes(item, size) + given
 
-# %% ../nbs/12_dashboards.ipynb #c061
+def _open_image(self, number: int):   # of an image, as in `rows`
+    "Nothing; the image is opened below."
+    item, boxes = self.items[number], None
+    if self.controls['boxes'].value:
+        try: boxes = self.boxes_of(item, tuple(item['size']) if isinstance(item, Result) else read_image(item['path']).size)
+        except (BadImage, OSError, KeyError): pass   # an image that is gone is told of below
+    self.show_below(viewer_of(item, boxes=boxes) if isinstance(item, Result) and not item['failure'] else described(item, boxes))
+
+DatasetBrowser.boxes_of, DatasetBrowser.open_image = _boxes_of, _open_image
+
+# %% ../nbs/12_dashboards.ipynb #c066
 def dataset_browser(
     source,                  # folder of `readl_evaluate`, a list of `Result`s, or anything `datasets.labelled` takes
     root=None,               # where the images of a results folder are now, when they have moved
     page_size: int = 24,     # images a page
     progress: bool = True,   # bar on standard error where reading takes long
+    boxes=None,              # function (Result or row) -> boxes or (kind, box), in pixels of its image, drawn with the true ones; None: true ones alone, when asked for
 ) -> DatasetBrowser:
     "A widget to find images by category, kind, outcome and score; a click opens one below. One sentence where `source` holds nothing to show.\n\nFree it with `.close()`."
-    return DatasetBrowser(source, root=root, page_size=page_size, progress=progress)
+    return DatasetBrowser(source, root=root, page_size=page_size, progress=progress, boxes=boxes)

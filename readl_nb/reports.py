@@ -19,7 +19,7 @@ from urllib.parse import quote
 import numpy as np
 
 from .images import show_name
-from .inspection import LEGEND, STYLE, Failure, Inspection, card, finite, panels
+from .inspection import LEGEND, STYLE, Failure, Inspection, card, finite, fit, panels
 
 # %% ../nbs/06b_reports.ipynb #c005
 def safe_name(
@@ -78,7 +78,7 @@ def is_ours(
     path: str,     # the image as the user named it
 ) -> bool:
     "Whether the files of `name` may be written: none is there, or they came from the same image."
-    here = [*(folder/f'{name}{suffix}' for suffix in ('.json', '.npy', '.png')), *(folder/PICTURES/f'{name}_{part}.jpg' for part in ('image', 'map'))]
+    here = [*(folder/f'{name}{suffix}' for suffix in ('.json', '.npy', '.png')), *(folder/PICTURES/f'{name}_{part}.jpg' for part in ('image', 'map', 'reference'))]
     if not any(map(os.path.lexists, here)): return True
     try: return os.path.abspath(json.loads(here[0].read_text(encoding='utf8'))['path']) == os.path.abspath(path)
     except (OSError, ValueError, KeyError, TypeError): return False
@@ -88,23 +88,27 @@ def write_report(
     inspection: Inspection,  # an inspected image
     folder,                  # where reports go; made when it is not there
     name: str | None = None, # name of the files; from the image's file when left out
+    drawn=None,              # the image with boxes drawn on it, to show in place of the plain one
+    more: dict = {},         # further entries of the record, plain values
 ) -> tuple[dict, str]:
     "The record of the image, as `--json` prints it, and its card for the page. Writes its files; a file of another image or of the user is never overwritten."
     folder = Path(folder); name = wanted = name or telling_names([inspection.path or 'image'])[0]
     number = 1
     while not is_ours(folder, name, inspection.path): number += 1; name = f'{wanted}-{number}'
     (folder/PICTURES).mkdir(parents=True, exist_ok=True)
-    record = inspection.to_dict(folder/f'{name}.npy')
-    more = dict(problem=inspection.response.problem, notes=inspection.notes, response=inspection.response.text)
-    write_atomic(folder/f'{name}.json', lambda file: file.write(as_json(record | more, indent=1).encode()))   # first: it says whose the files are
+    record = inspection.to_dict(folder/f'{name}.npy') | more
+    about = dict(problem=inspection.response.problem, notes=inspection.notes, response=inspection.response.text)
+    write_atomic(folder/f'{name}.json', lambda file: file.write(as_json(record | about, indent=1).encode()))   # first: it says whose the files are
     write_atomic(folder/f'{name}.npy', lambda file: np.save(file, inspection.anomaly_map))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # a letter that the font lacks is drawn as a box
         write_atomic(folder/f'{name}.png', lambda file: inspection.figure().savefig(file, format='png'))
-    addresses = [f'{PICTURES}/{name}_{part}.jpg' for part in ('image', 'map')]
-    for address, picture in zip(addresses, panels(inspection)):
-        write_atomic(folder/address, lambda file: picture.save(file, 'JPEG', quality=85))
-    return record, card(inspection, *map(quote, addresses), links(name) + token_table(inspection))
+    pictures = dict(zip(('image', 'map', 'reference'), panels(inspection))) | ({} if drawn is None else dict(image=fit(drawn, 420)))
+    addresses = {part: f'{PICTURES}/{name}_{part}.jpg' for part in pictures}
+    for part, picture in pictures.items():
+        write_atomic(folder/addresses[part], lambda file: picture.save(file, 'JPEG', quality=85))
+    quoted = {f'{part}_source': quote(address) for part, address in addresses.items()}
+    return record, card(inspection, **quoted, more=links(name) + token_table(inspection))
 
 def as_json(
     record: dict,  # plain values

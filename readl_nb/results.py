@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'HEADINGS', 'NAMES', 'READING', 'REPORT_STYLE', 'REPORT', 'Look', 'compare', 'failure_group', 'judge',
            'mask_of', 'group_table', 'extremes', 'wrong_answers', 'outline', 'case_pictures', 'numbers_table',
            'escaped', 'case_card', 'Pictures', 'section', 'facts_list', 'counted_list', 'groups_section', 'cards_of',
-           'extremes_sections', 'size_in_words', 'page_of', 'write_page']
+           'extremes_sections', 'size_in_words', 'boxes_section', 'page_of', 'write_page']
 
 # %% ../nbs/10b_results.ipynb #c002
 import html
@@ -167,7 +167,7 @@ def case_pictures(
     return [outline(picture, mask) for picture in [fit(image, side)] + ([] if grid is None else [overlay(image, grid, side=side)])]
 
 # %% ../nbs/10b_results.ipynb #c026
-HEADINGS = {'image': 'image, answers', 'log_odds': 'image, log-odds or score', 'pixel': 'pixels', '': 'reasoning'}
+HEADINGS = {'image': 'image, answers', 'log_odds': 'image, log-odds or score', 'pixel': 'pixels', 'detection': 'images', 'localisation': 'boxes', '': 'reasoning'}
 NAMES = {'auroc': 'AUROC', 'aupr': 'AUPR', 'acc': 'ACC', 'f1': 'F1-max', 'pro': 'PRO', 'rouge_l': 'ROUGE-L', 'sbert': 'SBERT'}
 
 def numbers_table(
@@ -297,6 +297,17 @@ def extremes_sections(results: list, cases: pd.DataFrame, pictures: Pictures, si
 def size_in_words(side) -> str: return f'{side} x {side} pixels' if side else 'the size of each image'
 
 # %% ../nbs/10b_results.ipynb #c035
+def boxes_section(
+    boxes,   # of a summary: what `box_evaluation.box_level` gives; None where no boxes were asked for
+) -> str:
+    "HTML of the measures of boxes; '' without them."
+    if not boxes: return ''
+    forms = [f'{count} times: {form}' for form, count in boxes['forms'].items()]
+    tables = numbers_table(boxes['table'], 'found by') + (f'<h3>Pooled</h3>{numbers_table(boxes["pooled"], "found by")}<h3>By category</h3>{numbers_table(boxes["categories"], "category")}')
+    return section('Boxes', tables + counted_list('kinds of problems in the form of the answers', forms) * bool(forms),
+        f'Detection and localisation as in Table 4 of MMR-AD: a box is found at an IoU of {boxes["at"]} with a true one, one to one; accuracy of boxes is found / (found + missed + false).')
+
+# %% ../nbs/10b_results.ipynb #c036
 def page_of(
     results: list,         # all of them, by number
     summary: dict,         # from `summarise`
@@ -315,6 +326,7 @@ def page_of(
     parts = [counted_list('failed, in no number; the next run tries again', failed), counted_list('with a problem', [line for line in summary['problems'] if line not in failed]),
         section('Methods', numbers_table(summary['table'], 'method'), f'Times 100. Image and pixel measures are means over categories, ROUGE-L and SBERT means over images. Maps and masks are compared at {size_in_words(summary.get("side"))}. "All normal", "all anomalous", "centre Gaussian", "random" and rows with reasoning alone do not look at the image: what nothing costs.'),
         section('Pooled', numbers_table(summary.get('pooled') or [], 'method'), 'The same over all images at once.'),
+        boxes_section(summary.get('boxes')),
         section('Categories', numbers_table(summary['categories'], 'category'), f"Of the first method, {summary['table'][0]['method']}." if summary['table'] else ''),
         groups_section(results, cases, pictures, side), extremes_sections(results, cases, pictures, side)]
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">' + GENERATOR +
@@ -322,7 +334,7 @@ def page_of(
         f'<title>Evaluation report</title><style>{STYLE}{PAGE_STYLE}{REPORT_STYLE}</style></head><body><header><h1>Evaluation report</h1>'
         f'<p>{html.escape(said)}.</p>{facts_list(facts)}<p>{links}</p></header><main class="report">{"".join(parts)}</main></body></html>')
 
-# %% ../nbs/10b_results.ipynb #c036
+# %% ../nbs/10b_results.ipynb #c037
 REPORT = 'report'
 
 def write_page(

@@ -6,10 +6,11 @@
 __all__ = ['RECORD', 'METRICS', 'ADAPTER', 'SEAL', 'FREE', 'UNFINISHED', 'NAMES', 'WINDOW', 'DISK', 'typed', 'chosen',
            'read_settings', 'FittedImages', 'training_data', 'Order', 'fingerprint', 'record_of', 'difference',
            'check_run_folder', 'digest', 'seal', 'damage', 'step_of', 'checkpoints', 'last_whole', 'begin_from',
-           'check_adapter', 'metrics_of', 'read_metrics', 'rewind', 'flat', 'clock', 'one_step', 'RunRecorder',
-           'Checked', 'without_known_warnings', 'check_sampling', 'trainer_for', 'Preflight', 'shortened', 'dry_run',
-           'free_memory', 'estimate', 'needed_disk', 'preflight', 'speaker', 'same_adapter', 'save_adapter', 'go',
-           'open_run', 'closing', 'run', 'device_of', 'train']
+           'check_adapter', 'metrics_of', 'further', 'read_metrics', 'rewind', 'flat', 'clock', 'one_step',
+           'RunRecorder', 'Checked', 'without_known_warnings', 'check_sampling', 'trainer_for', 'Preflight',
+           'shortened', 'dry_run', 'free_memory', 'estimate', 'needed_disk', 'preflight', 'speaker', 'lora_factors',
+           'stack_adapters', 'same_adapter', 'save_adapter', 'go', 'open_run', 'closing', 'run', 'device_of',
+           'starting_model', 'train_on', 'train']
 
 # %% ../nbs/08d_training.ipynb #c002
 import errno
@@ -40,6 +41,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -47,7 +49,7 @@ from .datasets import LazyImages, check_classes, labelled, unreadable, with_imag
 from .grpo import CGROConfig, arguments, build_trainer, conversation
 from .images import one_line, show_name
 from .inspection import ReALConfig, check_prompt, finite
-from .models import EMBEDDED, VLM, Prompt, end_token_ids, fitted, load_vlm, respond
+from .models import EMBEDDED, VLM, Prompt, adapter_path, end_token_ids, fitted, load_vlm, respond
 from .reports import as_json, write_atomic
 from .scaling import SETTINGS, launch_file, memory_of
 
@@ -74,7 +76,7 @@ def typed(
 # %% ../nbs/08d_training.ipynb #c007
 def chosen(
     values,       # from a file; untrusted
-    kind,         # CGROConfig or ReALConfig
+    kind,         # the class of the settings, as CGROConfig or ReALConfig
     where: str,   # the file, for the message
 ) -> dict:
     "The fields of `kind` that `values` sets. Raises `ValueError`, one line, for a name that is none."
@@ -91,9 +93,10 @@ def chosen(
     return fields_of
 
 def read_settings(
-    file,   # YAML with fields of `CGROConfig`, or the name of a file in this package's `launch` folder, as readl_tiny
+    file,              # YAML with fields of `kind`, or the name of a file in this package's `launch` folder, as readl_tiny
+    kind=CGROConfig,   # the class of the settings
 ) -> dict:
-    "The fields of `CGROConfig` that the file sets; `real` is a mapping of fields of `ReALConfig`. Raises `ValueError`, one line."
+    "The fields of `kind` that the file sets; `real` is a mapping of fields of `ReALConfig`. Raises `ValueError`, one line."
     name, path = show_name(file), Path(file)
     if not path.is_file() and str(file) in SETTINGS: path = Path(launch_file(str(file)))
     try: values = yaml.safe_load(path.read_text(encoding='utf8'))
@@ -102,7 +105,7 @@ def read_settings(
     except yaml.YAMLError as error:
         line = getattr(getattr(error, 'problem_mark', None), 'line', None)
         raise ValueError(f"{name}{'' if line is None else f', line {line + 1}'}: this is no YAML; write one `name: value` a line") from None
-    return chosen({} if values is None else values, CGROConfig, name)
+    return chosen({} if values is None else values, kind, name)
 
 # %% ../nbs/08d_training.ipynb #c011
 class FittedImages(LazyImages):
@@ -153,15 +156,15 @@ class Order(torch.utils.data.Sampler):
     def __init__(
         self,
         images: int,      # in the dataset
-        config,           # a `CGROConfig`: seed, prompts a step, G, steps
+        config,           # a `CGROConfig`: seed, prompts a step, G, steps; with several updates a rollout the prompts are those of a rollout
         repeats: int = 1, # how often a step's images are asked for: once a micro-batch, TRL uses the first
-    ): self.images, self.config, self.repeats = images, config, repeats
+    ): self.images, self.config, self.repeats, self.rollouts = images, config, repeats, config.max_steps // getattr(config, 'updates', 1)
 
-    def __len__(self): return self.config.max_steps * self.config.prompts_per_step * self.config.generations * self.repeats
+    def __len__(self): return self.rollouts * self.config.prompts_per_step * self.config.generations * self.repeats
 
     def __iter__(self):
         random, line = torch.Generator().manual_seed(self.config.seed), []
-        for _ in range(self.config.max_steps):
+        for _ in range(self.rollouts):
             while len(line) < self.config.prompts_per_step: line += torch.randperm(self.images, generator=random).tolist()
             step, line = line[:self.config.prompts_per_step], line[self.config.prompts_per_step:]
             for _ in range(self.repeats): yield from (place for place in step for _ in range(self.config.generations))
@@ -172,19 +175,20 @@ FREE = ('max_steps', 'save_steps')   # may change while a run goes on
 UNFINISHED = 'it is unfinished'      # of a checkpoint that was being written when the run was stopped
 
 def fingerprint(
-    dataset: Dataset,   # with the columns path, label, category and defect
+    dataset: Dataset,   # with the columns path, label, category and defect; boxes and verified where a training learns from them
 ) -> dict:
-    "What a dataset is: how many images, how many with a defect, and a hash over file names, labels, categories and kinds."
+    "What a dataset is: how many images, how many with a defect, and a hash over file names, labels, categories, kinds, boxes and verified texts."
     paths = [os.path.abspath(path) for path in dataset['path']]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    rows = list(zip([Path(os.path.relpath(path, root)).as_posix() for path in paths], *(dataset[name] for name in ('label', 'category', 'defect') if name in dataset.column_names)))
+    rows = list(zip([Path(os.path.relpath(path, root)).as_posix() for path in paths], *(dataset[name] for name in ('label', 'category', 'defect', 'boxes', 'verified') if name in dataset.column_names)))
     return dict(images=len(rows), anomalous=sum(dataset['label']), sha256=hashlib.sha256(json.dumps(rows).encode('utf8', 'backslashreplace')).hexdigest())
 
 def record_of(
-    config: CGROConfig,
-    model: str,         # as `load_vlm` takes it
+    config: CGROConfig,   # or the settings of another training
+    model: str,           # as `load_vlm` takes it
     dataset: Dataset,
     processes: int = 1,
+    adapter=None,         # folder of the one that the training begins from, or None
 ) -> dict:
     "What run.json says about a run."
     def installed(name):
@@ -192,7 +196,8 @@ def record_of(
         except PackageNotFoundError: return None
     packages = ('readl_nb', 'torch', 'transformers', 'trl', 'peft', 'accelerate', 'datasets')
     record = dict(method=config.method, model=model if model == EMBEDDED or not os.path.isdir(model) else os.path.abspath(model), data=fingerprint(dataset),
-                  config=asdict(config), processes=processes, versions={name: installed(name) for name in packages})
+                  config=asdict(config) | {name: getattr(config, name) for name in ('warmup_steps',) if hasattr(config, name)}, processes=processes, versions={name: installed(name) for name in packages})
+    if adapter: record |= dict(adapter=str(adapter), adapter_sha256=digest(Path(adapter)/'adapter_model.safetensors'))
     return json.loads(json.dumps(record))
 
 # %% ../nbs/08d_training.ipynb #c021
@@ -203,12 +208,12 @@ def difference(
     "The first thing in which two runs differ, as 'seed is 1 there and 0 here'; '' when they are the same run."
     def facts(record):
         config = dict(record['config'])
-        flat = dict(model=record['model'], processes=record['processes']) | {f'{name} of the data': value for name, value in record['data'].items()}
-        return flat | {name: value for name, value in config.items() if name not in FREE and name != 'real'} | {f'real.{name}': value for name, value in config['real'].items()}
+        flat = dict(model=record['model'], processes=record['processes'], adapter=record.get('adapter_sha256')) | {f'{name} of the data': value for name, value in record['data'].items()}
+        return flat | {name: value for name, value in config.items() if name not in FREE and name != 'real'} | {f'real.{name}': value for name, value in config.get('real', {}).items()}
     here, there = facts(here), facts(there)
     for name in here:
         old, new = there.get(name), here[name]
-        if old != new: return f'the {name} differs' if 'sha256' in name else f'{name} is {one_line(json.dumps(old), 80)} there and {one_line(json.dumps(new), 80)} here'
+        if old != new: return f'the {name} differs' if 'sha256' in name or name == 'adapter' else f'{name} is {one_line(json.dumps(old), 80)} there and {one_line(json.dumps(new), 80)} here'
     return ''
 
 def check_run_folder(
@@ -320,10 +325,19 @@ def metrics_of(
     **more,       # further keys
 ) -> dict:
     "One line of metrics.jsonl: our names, plain numbers, None where there is no number."
-    line = {'step': step} | {ours: finite(logs.get(theirs)) for ours, theirs in NAMES.items()}
+    line = {'step': step} | {ours: finite(logs.get(theirs)) for ours, theirs in NAMES.items()} | further(logs)
     well_formed = line['reward/format']
-    return line | {'malformed': None if well_formed is None else 1 - well_formed} | more
+    return line | {'malformed': finite(logs.get('malformed')) if well_formed is None else 1 - well_formed} | more
 
+def further(
+    logs: dict,   # what TRL logged
+) -> dict:
+    "What only some trainings log: other rewards, and how groups were before they were changed."
+    parts = [name.split('/')[1] for name in logs if re.fullmatch(r'rewards/\w+/mean', name) and name not in NAMES.values()]
+    others = {f'reward/{part}': f'rewards/{part}/mean' for part in parts} | {f'reward/{part}/std': f'rewards/{part}/std' for part in parts} | {name: name for name in sorted(logs) if name.startswith('groups/')}
+    return {ours: finite(logs.get(theirs)) for ours, theirs in others.items()}
+
+# %% ../nbs/08d_training.ipynb #c034
 def read_metrics(
     out,   # folder of a run
 ) -> list[dict]:
@@ -348,7 +362,7 @@ def rewind(
         number = path.stem.rpartition('_')[2]
         if number.isdigit() and int(number) > step: path.unlink()
 
-# %% ../nbs/08d_training.ipynb #c036
+# %% ../nbs/08d_training.ipynb #c037
 WINDOW = 10   # steps without any difference after which it is said
 
 def flat(
@@ -360,28 +374,33 @@ def flat(
     mean = lambda name: float(np.mean([line[name] for line in lines if line.get(name) is not None] or [math.nan]))
     causes = []
     if mean('malformed') > .5: causes.append(f"{mean('malformed'):.0%} of the answers are malformed (raise max_new_tokens, or take a model that writes the tags)")
-    if mean('reward/accuracy') > .95 and not mean('reward/consistency') < .95: causes.append('the task is solved already (take harder images)')
+    if mean('groups/sampled_reward') > .95 or mean('reward/accuracy') > .95 and not mean('reward/consistency') < .95: causes.append('the task is solved already (take harder images)')
     if mean('consistency/fewer_than_k_tokens') > .5: causes.append(f'most completions have fewer than k weighted tokens (lower k {config.k}, or loosen tau_t or tau_i of real)')
     elif mean('reward/consistency') < .05: causes.append(f"the thresholds are never reached (J is {mean('jaccard/anomalous'):.2f} on anomalous and {mean('jaccard/normal'):.2f} on normal images: "
                                                        f'change delta1 {config.delta1:g} or delta2 {config.delta2:g}, or set soft)')
     causes.append(f'the temperature {config.temperature:g} is too low for the answers of a group to differ (raise it)')
     return f"all rewards of every group were equal for {len(lines)} step{'s' * (len(lines) > 1)}, so nothing is learnt; likely causes: {'; '.join(causes)}"
 
-# %% ../nbs/08d_training.ipynb #c039
+# %% ../nbs/08d_training.ipynb #c040
 def clock(seconds) -> str: return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 
 def one_step(
     line: dict,   # of metrics.jsonl
     steps: int,   # of the whole run
+    updates: int = 1,   # steps from one line to the next
 ) -> str:
     "A step in one line for people: what came out, then what the optimiser saw."
     number = lambda name, form='.2f': '-' if line.get(name) is None else format(line[name], form)
-    parts = [f'{part} {number(f"reward/{part}")}±{number(f"reward/{part}/std")}' for part in ('format', 'accuracy', 'consistency') if line.get(f'reward/{part}') is not None]
-    left = line['seconds'] * (steps - line['step'])
-    return (f"step {line['step']}/{steps}, {clock(left)} left: reward {number('reward')}±{number('reward/std')} ({', '.join(parts)}), J {number('jaccard')}, equal groups {number('zero_variance_groups', '.0%')}, "
+    names = [name[7:] for name in line if re.fullmatch(r'reward/\w+', name) and name != 'reward/std' and line[name] is not None]
+    parts = [f'{part} {number(f"reward/{part}")}±{number(f"reward/{part}/std")}' for part in names]
+    left = line['seconds'] * (steps - line['step']) / updates
+    jaccard = f"J {number('jaccard')}, " if line.get('reward/format') is not None else ''
+    groups = number('zero_variance_groups', '.0%')
+    if line.get('groups/sampled_equal') is not None: groups = f"{number('groups/sampled_equal', '.0%')} -> {groups}, sampled reward {number('groups/sampled_reward')}"
+    return (f"step {line['step']}/{steps}, {clock(left)} left: reward {number('reward')}±{number('reward/std')} ({', '.join(parts)}), {jaccard}equal groups {groups}, "
             f"clipped {number('clip_fraction', '.1%')}, KL {number('kl', '.4f')}, length {number('completion_length', '.0f')}, malformed {number('malformed', '.0%')}, loss {number('loss', '.4f')}")
 
-# %% ../nbs/08d_training.ipynb #c040
+# %% ../nbs/08d_training.ipynb #c041
 class RunRecorder(TrainerCallback):
     "Writes metrics.jsonl, shows progress, seals checkpoints, and stops a training that has lost its numbers."
     def __init__(self, out, config, dataset, say, progress=True):
@@ -408,8 +427,8 @@ class RunRecorder(TrainerCallback):
     def write(self, line):
         with open(self.out/METRICS, 'a', encoding='utf8') as file: file.write(as_json(line) + '\n'); file.flush(); os.fsync(file.fileno())
         self.lines.append(line)
-        if self.progress: self.say(one_step(line, self.config.max_steps))
-        if self.bar is not None: self.bar.update()
+        if self.progress: self.say(one_step(line, self.config.max_steps, self.config.updates))
+        if self.bar is not None: self.bar.update(self.config.updates)
         reason = len(self.lines) >= WINDOW and not self.warned and flat(self.lines[-WINDOW:], self.config)
         if reason: self.warned = True; self.say(f'warning: {reason}')
 
@@ -420,7 +439,7 @@ class RunRecorder(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/08d_training.ipynb #c042
+# %% ../nbs/08d_training.ipynb #c043
 class Checked:
     "A reward function that refuses to give anything but finite numbers."
     def __init__(self,
@@ -439,7 +458,7 @@ class Checked:
             for name in self.columns: log_extra(name, list(inputs[name]))
         return values
 
-# %% ../nbs/08d_training.ipynb #c044
+# %% ../nbs/08d_training.ipynb #c045
 @contextmanager
 def without_known_warnings():
     "Leaves out warnings that are none of the user's business inside the block."
@@ -448,7 +467,7 @@ def without_known_warnings():
         warnings.filterwarnings('ignore', message='.*stands in')     # unreadable images: `RunRecorder` says it, once for all processes
         yield
 
-# %% ../nbs/08d_training.ipynb #c045
+# %% ../nbs/08d_training.ipynb #c046
 def check_sampling(
     split: bool,      # whether the weights are split by FSDP
     processes: int,
@@ -458,7 +477,7 @@ def check_sampling(
     if split and processes > 1 and not config.use_vllm:
         raise ValueError('under FSDP let vLLM sample (use_vllm: true, evidence: pass): otherwise a process that ends first leaves the others waiting')
 
-# %% ../nbs/08d_training.ipynb #c047
+# %% ../nbs/08d_training.ipynb #c048
 def trainer_for(
     vlm: VLM,
     dataset: Dataset,
@@ -467,10 +486,11 @@ def trainer_for(
     recorder: RunRecorder,
     callbacks,
     processes: int,
+    build=build_trainer,   # makes the trainer; for another method a function that takes the same
     **more,
 ):
     "The trainer with our order of images, our records and checked rewards. Raises `ValueError`, one line, for a way of sampling that would hang."
-    trainer = build_trainer(vlm, dataset, out, config, [recorder, *callbacks], processes, **more)
+    trainer = build(vlm, dataset, out, config, [recorder, *callbacks], processes, **more)
     check_sampling(trainer.is_fsdp_enabled, processes, config)
     for talker in (PrinterCallback, ProgressCallback): trainer.remove_callback(talker)
     trainer._get_train_sampler = lambda dataset=None: Order(len(trainer.train_dataset), config, trainer.args.steps_per_generation)
@@ -478,26 +498,30 @@ def trainer_for(
     trainer.create_model_card = lambda *_, **__: None   # a page of advertisement with local paths
     return trainer
 
-# %% ../nbs/08d_training.ipynb #c049
+# %% ../nbs/08d_training.ipynb #c050
 @dataclass(frozen=True)
 class Preflight:
     "What was found before a training."
-    rows: tuple[dict, ...]   # the dry run: label, completion, format, accuracy, consistency, jaccard, path
+    rows: tuple[dict, ...]   # the dry run: label, completion, path, each reward, and jaccard where there is one
     memory: dict             # GiB, as `scaling.memory_of` estimates
     free: float              # GiB of memory that is free besides what the model holds already
     disk: float              # GiB free where the run will be
     needed: float            # GiB the run will take there besides what it has written already
 
+    @property
+    def columns(self): return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name not in ('label', 'completion', 'path')]
+    def title(self, name): return 'J' if name == 'jaccard' else name
+
     def __str__(self):
         number = lambda value: '-' if value is None else f'{value:.2f}'
-        head = f"{'label':>5}  {'format':>6}  {'accuracy':>8}  {'consistency':>11}  {'J':>5}  completion"
-        table = [f"{r['label']:>5}  {number(r['format']):>6}  {number(r['accuracy']):>8}  {number(r.get('consistency')):>11}  {number(r['jaccard']):>5}  {shortened(r['completion'])}" for r in self.rows]
+        head = '  '.join([f"{'label':>5}", *(f'{self.title(name):>5}' for name in self.columns), 'completion'])
+        table = ['  '.join([f"{r['label']:>5}", *(f'{number(r[name]):>{max(5, len(self.title(name)))}}' for name in self.columns), shortened(r['completion'])]) for r in self.rows]
         memory = f"memory: about {self.memory['peak']:.2f} GiB needed at most, {self.free:.1f} GiB free" if self.memory else f'memory: {self.free:.1f} GiB free'
         return '\n'.join([memory, f'disk: about {self.needed:.2f} GiB needed, {self.disk:.1f} GiB free'] + ([head, *table] if self.rows else []))
 
     def _repr_html_(self):
         memory, disk = str(self).split('\n')[:2]
-        names = 'label', 'format', 'accuracy', 'consistency', 'jaccard', 'completion'
+        names = 'label', *self.columns, 'completion'
         cell = lambda value: '-' if value is None else f'{value:.2f}' if isinstance(value, float) else escape(shortened(str(value), 110))
         rows = ''.join('<tr>' + ''.join(f'<td style="text-align:left">{cell(row.get(name))}</td>' for name in names) + '</tr>' for row in self.rows)
         return f'<p>{memory}<br>{disk}</p><table><tr>' + ''.join(f'<th>{name}</th>' for name in names) + f'</tr>{rows}</table>'
@@ -506,7 +530,7 @@ def shortened(text, limit=72):
     text = one_line(' '.join(text.split()), 10_000)
     return text if len(text) <= limit else f'{text[:limit - 25]} ... {text[-20:]}'
 
-# %% ../nbs/08d_training.ipynb #c050
+# %% ../nbs/08d_training.ipynb #c051
 def dry_run(
     vlm: VLM,           # the model that is to be trained
     dataset: Dataset,   # from `training_data`
@@ -515,20 +539,24 @@ def dry_run(
 ) -> list[dict]:
     "A row for each of G completions of the first anomalous and the first normal image, with every reward. Random numbers are left as they were."
     labels = list(dataset['label'])
-    samples = [dataset[labels.index(label)] for label in (1, 0) for _ in range(config.generations)]
+    firsts = [dataset[labels.index(label)] for label in (1, 0)]
+    samples = [sample for sample in firsts for _ in range(config.generations)]
+    prompt_of = lambda sample: Prompt(sample['prompt'][1]['content'], sample['prompt'][0]['content'], config.images)
+    groups = [samples] if prompt_of(firsts[0]) == prompt_of(firsts[1]) else [samples[:config.generations], samples[config.generations:]]
     model, was_training = vlm.model, vlm.model.training
-    responses = respond(replace(vlm, model=model.eval()), [s['image'] for s in samples], Prompt(config.question), config.max_new_tokens, config.temperature, seed=config.seed, batch_size=len(samples))
+    asked = replace(vlm, model=model.eval())
+    responses = [response for group in groups for response in respond(asked, [s['images'] if 'images' in s else s['image'] for s in group], prompt_of(group[0]), config.max_new_tokens,
+                                                                      config.temperature, seed=config.seed, batch_size=len(group))]
     model.train(was_training)
     end = min(end_token_ids(vlm) - {vlm.tokenizer.pad_token_id} or end_token_ids(vlm))
     extra = {}
     inputs = dict(prompts=[s['prompt'] for s in samples], completions=[[dict(role='assistant', content=r.text)] for r in responses],
                   completion_ids=[[*r.token_ids, *([] if r.truncated else [end])] for r in responses], log_extra=lambda name, values: extra.update({name: values}), log_metric=lambda name, value: None,
-                  **{name: [s[name] for s in samples] for name in ('image', 'label', 'path')})
-    given = {reward.__name__: reward(**inputs) for reward in rewards}
-    return [dict(label=s['label'], completion=r.text, jaccard=finite(extra.get('jaccard', [None] * len(samples))[n]), path=s['path'], **{name: values[n] for name, values in given.items()})
-            for n, (s, r) in enumerate(zip(samples, responses))]
+                  **{name: [s[name] for s in samples] for name in samples[0] if name != 'prompt'})
+    given = {reward.__name__: reward(**inputs) for reward in rewards} | ({'jaccard': list(map(finite, extra['jaccard']))} if 'jaccard' in extra else {})
+    return [dict(label=s['label'], completion=r.text, path=s['path'], **{name: values[n] for name, values in given.items()}) for n, (s, r) in enumerate(zip(samples, responses))]
 
-# %% ../nbs/08d_training.ipynb #c051
+# %% ../nbs/08d_training.ipynb #c052
 def free_memory(
     device,   # a torch device
 ) -> float:
@@ -542,7 +570,8 @@ def estimate(
     "GiB on each device, by `scaling.memory_of`, for the way in which the model is split."
     stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
     strategy = 'fsdp' if trainer.is_fsdp_enabled else {2: 'zero2', 3: 'zero3'}.get(stage, 'ddp')
-    return memory_of(trainer.model, config, trainer.accelerator.num_processes, strategy)
+    more = (config.images - 1) * (config.image_size // 28)**2   # the tokens of a second picture
+    return memory_of(trainer.model, config, trainer.accelerator.num_processes, strategy, 64 + more)
 
 def needed_disk(
     trainer,   # about to begin
@@ -550,10 +579,10 @@ def needed_disk(
 ) -> float:
     "GiB that checkpoints (two, and a third while it is written) and completions will take, generously."
     weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    completions = config.max_steps * config.prompts_per_step * config.generations * (4 * config.max_new_tokens + 500)
+    completions = config.max_steps // config.updates * config.prompts_per_step * config.generations * (4 * config.max_new_tokens + 500)
     return (3 * weights * 4 * 3 + weights * 4 + completions) / 2**30
 
-# %% ../nbs/08d_training.ipynb #c052
+# %% ../nbs/08d_training.ipynb #c053
 def preflight(
     trainer,            # from `build_trainer`
     vlm: VLM,
@@ -576,7 +605,7 @@ def preflight(
     rows = dry_run(replace(vlm, model=trainer.model), dataset, trainer.reward_funcs, config) if dry else []
     return Preflight(tuple(rows), memory or {}, free, disk, needed)
 
-# %% ../nbs/08d_training.ipynb #c056
+# %% ../nbs/08d_training.ipynb #c057
 def speaker(
     main: bool,   # only the main process speaks
 ):
@@ -586,7 +615,39 @@ def speaker(
         with tqdm.external_write_mode(file=sys.stderr): print(f'readl_train: {text}', file=sys.stderr, flush=True)
     return say
 
-# %% ../nbs/08d_training.ipynb #c057
+# %% ../nbs/08d_training.ipynb #c059
+def lora_factors(
+    folder,   # of an adapter saved by PEFT
+) -> tuple:
+    "Name of a layer -> (A, B times the scale of the adapter), and adapter_config.json. Raises `ValueError`, one line, for anything but plain LoRA."
+    folder = Path(folder)
+    try:
+        about = json.loads((folder/'adapter_config.json').read_text(encoding='utf8'))
+        with safe_open(folder/'adapter_model.safetensors', 'pt') as file: weights = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error: raise ValueError(f'{show_name(folder)}: it holds no adapter ({one_line(str(error), 80)}); give a folder saved by PEFT, as safetensors') from None
+    odd = [name for name in ('use_dora', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'modules_to_save') if about.get(name)] + [name for name in weights if not re.search(r'lora_[AB]\.weight$', name)]
+    if about.get('peft_type') != 'LORA' or odd: raise ValueError(f'{show_name(folder)}: it is no plain LoRA ({one_line((odd or [about.get("peft_type")])[0], 80)}); give one with A and B alone')
+    scale, names = about['lora_alpha'] / about['r'], {name.rpartition('.lora_')[0] for name in weights}
+    return {name: (weights[f'{name}.lora_A.weight'], weights[f'{name}.lora_B.weight'] * scale) for name in sorted(names)}, about
+
+def stack_adapters(
+    folders: list,   # of adapters for one base model, one on top of the other
+    out,             # folder that is there
+) -> None:
+    "Nothing; writes one adapter that changes the base model as all of them together do; its rank is the sum of theirs."
+    factors, abouts = zip(*map(lora_factors, folders))
+    both, ranks = {}, [about['r'] for about in abouts]
+    for name in sorted({name for each in factors for name in each}):
+        wide, high = next((b.shape[0], a.shape[1]) for each in factors if name in each for a, b in [each[name]])
+        parts = [each.get(name, (torch.zeros(r, high), torch.zeros(wide, r))) for each, r in zip(factors, ranks)]
+        both[f'{name}.lora_A.weight'] = torch.cat([a.float() for a, _ in parts]).contiguous()
+        both[f'{name}.lora_B.weight'] = torch.cat([b.float() for _, b in parts], 1).contiguous()
+    targets = '|'.join(dict.fromkeys(f'({t})' for about in abouts for t in [about['target_modules'] if isinstance(about['target_modules'], str) else r'(.*\.)?(' + '|'.join(map(re.escape, sorted(about['target_modules']))) + ')']))
+    save_file(both, Path(out)/'adapter_model.safetensors', metadata={'format': 'pt'})
+    about = abouts[-1] | dict(r=sum(ranks), lora_alpha=sum(ranks), target_modules=targets, inference_mode=True)
+    (Path(out)/'adapter_config.json').write_text(as_json(about, indent=2), encoding='utf8')
+
+# %% ../nbs/08d_training.ipynb #c060
 def same_adapter(adapter, checkpoint) -> bool:
     "Whether the adapter is that of the checkpoint."
     file = Path(adapter)/'adapter_model.safetensors'
@@ -596,21 +657,23 @@ def save_adapter(
     out,          # folder of the run
     checkpoint,   # the last one
     model: str,   # name of the base model
+    start=None,   # folder of the adapter that the training began from: the two become one, for the base model
 ) -> Path:
     "The folder OUT/adapter, complete or not there; safetensors."
     out, checkpoint = Path(out), Path(checkpoint)
     partial, old, done = out/'.adapter.part', out/'.adapter.old.part', out/ADAPTER
     for folder in (partial, old): shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir()
-    shutil.copyfile(checkpoint/'adapter_model.safetensors', partial/'adapter_model.safetensors')
-    about = json.loads((checkpoint/'adapter_config.json').read_text(encoding='utf8')) | dict(base_model_name_or_path=model)
+    if start: stack_adapters([start, checkpoint], partial)
+    else: shutil.copyfile(checkpoint/'adapter_model.safetensors', partial/'adapter_model.safetensors')
+    about = json.loads(((partial if start else checkpoint)/'adapter_config.json').read_text(encoding='utf8')) | dict(base_model_name_or_path=model)
     (partial/'adapter_config.json').write_text(as_json(about, indent=2), encoding='utf8')
     if done.exists(): os.replace(done, old)
     os.replace(partial, done)
     shutil.rmtree(old, ignore_errors=True)
     return done
 
-# %% ../nbs/08d_training.ipynb #c059
+# %% ../nbs/08d_training.ipynb #c064
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}   # the disk is full, broken or not to be written to
 
 def go(
@@ -632,7 +695,7 @@ def go(
         kept = f'{left[-1].name} is kept' if left else 'no checkpoint was written before'
         raise ValueError(f'{show_name(out)}: {what} ({one_line(" ".join(str(error).split()), 120)}); {kept}: make room on the disk and start the same training again') from None
 
-# %% ../nbs/08d_training.ipynb #c060
+# %% ../nbs/08d_training.ipynb #c065
 def open_run(
     out: Path,      # folder of the run
     record: dict,   # of the run
@@ -663,11 +726,11 @@ def closing(
     named = sorted({path for line in lines for path in line['unreadable']})
     if named: say(f"{len(named)} image{'s' * (len(named) > 1)} could not be read and another of the same label stood in: {', '.join(map(show_name, named[:20]))}" + ' ...' * (len(named) > 20))
 
-# %% ../nbs/08d_training.ipynb #c061
-def run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progress, more) -> None:
+# %% ../nbs/08d_training.ipynb #c066
+def run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progress, build, more) -> None:
     "Nothing; checks and trains from `checkpoint` or from the beginning."
     recorder = RunRecorder(out, config, dataset, say, progress)
-    trainer = trainer_for(vlm, dataset, out, config, recorder, callbacks, processes, **more)
+    trainer = trainer_for(vlm, dataset, out, config, recorder, callbacks, processes, build, **more)
     if checkpoint: check_adapter(trainer, checkpoint)
     found = preflight(trainer, vlm, dataset, out, config, estimate(trainer, config), dry=not checkpoint)   # everyone: under ZeRO-3 generating waits for all
     if progress: say(f'before the training\n{found}')
@@ -675,7 +738,7 @@ def run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progre
     go(trainer, out, checkpoint)
     if PartialState().is_main_process: closing(out, config, say)
 
-# %% ../nbs/08d_training.ipynb #c062
+# %% ../nbs/08d_training.ipynb #c067
 def device_of(
     device: str | None,   # as the user gave it
 ) -> torch.device:
@@ -689,8 +752,57 @@ def device_of(
     if found.type == 'cuda' and str(found) != own: raise ValueError(f'device {str(found)!r} is not that of this process, {own}; use cuda, and CUDA_VISIBLE_DEVICES=N for another GPU')
     return found
 
-# %% ../nbs/08d_training.ipynb #c064
+# %% ../nbs/08d_training.ipynb #c070
+def starting_model(
+    model: str,   # as `load_vlm` takes it
+    adapter,      # folder of the adapter that the training begins from, or None
+    device,       # a torch device
+    config,
+) -> VLM:
+    "The model to be trained, with the adapter merged into its weights."
+    vlm = load_vlm(model, adapter and str(adapter), device=str(device), image_size=config.image_size)
+    return replace(vlm, model=vlm.model.merge_and_unload()) if adapter else vlm
+
+# %% ../nbs/08d_training.ipynb #c071
 @without_known_warnings()
+def train_on(
+    dataset,              # function () -> the images as the trainer wants them, as `training_data` gives them
+    out,                  # folder of the run, made when it is not there
+    config,               # a `CGROConfig`, or the settings of another training by GRPO
+    model: str=EMBEDDED,  # as `load_vlm` takes it
+    device: str | None=None,   # as for `train`
+    adapter=None,         # folder of an adapter to begin from, as that of a cold start
+    build=build_trainer,  # makes the trainer
+    check=None,           # function (vlm, dataset): raises `ValueError` for what cannot be trained
+    callbacks=(),         # further ones of transformers
+    progress: bool=True,  # bar and one line a step on standard error
+    **more,               # further fields of `trl.GRPOConfig`
+) -> Path:
+    "The folder OUT/adapter, after training or going on with what is in `out`: what every training by GRPO here has in common. Raises as `train` does."
+    device, out = device_of(device), Path(out)
+    more = dict(use_cpu=device.type == 'cpu', bf16=device.type == 'cuda', disable_tqdm=True, logging_nan_inf_filter=False, ddp_find_unused_parameters=False,
+                report_to=['tensorboard'] if find_spec('tensorboard') else 'none') | more
+    state = PartialState(cpu=more['use_cpu'])
+    processes, say = state.num_processes, speaker(state.is_main_process)
+    arguments(config, out, processes, **more)   # its own sentence when a step does not divide
+    if adapter: adapter = Path(adapter_path(str(adapter))); lora_factors(adapter)
+    images = dataset()
+    record = record_of(config, model, images, processes, adapter)
+    checkpoint, broken = begin_from(out, record)
+    unfinished = not checkpoint or step_of(checkpoint) < config.max_steps
+    if unfinished: vlm = starting_model(model, adapter, device, config)
+    if unfinished and check: check(vlm, images)
+    state.wait_for_everyone()   # everyone has looked before anything changes
+    if state.is_main_process and (unfinished or broken): open_run(out, record, checkpoint, broken, say)
+    state.wait_for_everyone()
+    if unfinished: run(vlm, images, out, config, checkpoint, callbacks, processes, say, progress, build, more); checkpoint = last_whole(out)[0]
+    elif (out/ADAPTER).exists(): say(f'{show_name(out)} has its {step_of(checkpoint)} steps already: nothing to do; a larger max_steps goes on')
+    whole = adapter and not unfinished and (out/ADAPTER/'adapter_config.json').exists()   # of two adapters, made before
+    if state.is_main_process and not whole and not same_adapter(out/ADAPTER, checkpoint): save_adapter(out, checkpoint, model, adapter)
+    state.wait_for_everyone()
+    return out/ADAPTER
+
+# %% ../nbs/08d_training.ipynb #c072
 def train(
     data,                      # a folder or 'elpv', as `labelled` takes it, or what `labelled` gave
     out,                       # folder of the run, made when it is not there
@@ -707,24 +819,5 @@ def train(
     """The folder OUT/adapter, after training or going on with what is in `out`.
 
     Raises `ValueError`, one line, when it cannot begin or has to stop; what was saved before is kept."""
-    device = device_of(device)
-    more = dict(use_cpu=device.type == 'cpu', bf16=device.type == 'cuda', disable_tqdm=True, logging_nan_inf_filter=False, ddp_find_unused_parameters=False,
-                report_to=['tensorboard'] if find_spec('tensorboard') else 'none') | more
-    state, out = PartialState(cpu=more['use_cpu']), Path(out)
-    processes, say = state.num_processes, speaker(state.is_main_process)
-    arguments(config, out, processes, **more)   # its own sentence when a step does not divide
-    dataset = training_data(data, config, split=split, categories=categories, defects=defects)
-    record = record_of(config, model, dataset, processes)
-    checkpoint, broken = begin_from(out, record)
-    unfinished = not checkpoint or step_of(checkpoint) < config.max_steps
-    if unfinished: vlm = load_vlm(model, device=str(device), image_size=config.image_size); check_prompt(vlm, Prompt(config.question), config.real)
-    PartialState().wait_for_everyone()   # everyone has looked before anything changes
-    if state.is_main_process and (unfinished or broken): open_run(out, record, checkpoint, broken, say)
-    PartialState().wait_for_everyone()
-    if unfinished:
-        run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progress, more)
-        checkpoint = last_whole(out)[0]
-    elif (out/ADAPTER).exists(): say(f'{show_name(out)} has its {step_of(checkpoint)} steps already: nothing to do; a larger max_steps goes on')
-    if state.is_main_process and not same_adapter(out/ADAPTER, checkpoint): save_adapter(out, checkpoint, model)
-    PartialState().wait_for_everyone()
-    return out/ADAPTER
+    return train_on(lambda: training_data(data, config, split=split, categories=categories, defects=defects), out, config, model, device, callbacks=callbacks, progress=progress,
+                    check=lambda vlm, _: check_prompt(vlm, Prompt(config.question), config.real), **more)

@@ -229,6 +229,24 @@ export function withoutSinks(maps, cells) {
   return maps.map((v, i) => Math.max(v - mean[i % cells], 0));
 }
 
+/** Intersection over union of two boxes [x1, y1, x2, y2]. */
+export function boxIoU(a, b) {
+  const area = ([x1, y1, x2, y2]) => Math.max(x2 - x1, 0) * Math.max(y2 - y1, 0);
+  const both = area(a.map((v, i) => (i < 2 ? Math.max : Math.min)(v, b[i])));
+  return both / (area(a) + area(b) - both) || 0;
+}
+
+/** True boxes with a predicted one of their own at IoU >= `at`, and the mean over the true ones of their best IoU. */
+export function boxMatch(predicted, truth, at = .5) {
+  const table = truth.map(one => predicted.map(other => boxIoU(one, other))), owner = predicted.map(() => -1);
+  const place = (t, tried) => table[t].some((value, p) => {   // a pair made earlier moves over where that makes room
+    if (value < at - 1e-9 || tried.has(p) || (tried.add(p), owner[p] >= 0 && !place(owner[p], tried))) return false;
+    owner[p] = t;
+    return true;
+  });
+  return { matched: truth.filter((_, t) => place(t, new Set())).length, mean: sum(table.map(row => most(row))) / truth.length };
+}
+
 // ---- 2 Data ----
 
 /** Attention values from whole numbers of `width` bytes (little-endian) and one scale a map. */
@@ -251,6 +269,14 @@ export function decodeMask({ height, width, runs }) {
   return mask;
 }
 
+const KINDS = ['predicted', 'true', 'hint', 'map'];   // of boxes
+
+/** The boxes that can be drawn. */
+export const cleanBoxes = raw => (raw ?? []).filter(one => KINDS.includes(one?.kind) && one.box?.length === 4 && one.box.every(Number.isFinite)).slice(0, 400);
+
+const ofKind = (boxes, kind) => boxes.filter(one => one.kind === kind), kindsOf = boxes => KINDS.filter(kind => ofKind(boxes, kind).length);
+const nameOf = ({ kind, label }) => kind + (label ? `: ${label}` : '');
+
 const lacking = (object, keys) => keys.split(' ').filter(key => (object?.[key] ?? null) === null);
 
 /** One view ready for computing; throws a sentence when the data is not whole. */
@@ -266,7 +292,7 @@ export function prepareView(raw) {
   const hats = [...raw.semantic_hat, ...raw.entropy_hat];
   return {
     ...view, T, H, W, cells, size, heads, texts, entropy: raw.entropy.map(v => v ?? Infinity),
-    maps: decodeMaps(maps, raw.scales, cells), truth: raw.mask && decodeMask(raw.mask), sets: new Map(),
+    maps: decodeMaps(maps, raw.scales, cells), truth: raw.mask && decodeMask(raw.mask), boxes: cleanBoxes(raw.boxes), sets: new Map(),
     low: least(hats, 0), high: most(hats, 1),   // z-scores leave 0 to 1
   };
 }
@@ -275,7 +301,7 @@ export function prepareView(raw) {
 
 export const DEFAULTS = {
   selected: [], preset: 'rdam', combine: 'mean', cell: null, tau_t: null, tau_i: null, alpha: null, beta: null,
-  opacity: .7, cut: .5, sinks: false, layer: null, head: null, contour: true, components: true,
+  opacity: .7, cut: .5, sinks: false, layer: null, head: null, contour: true, components: true, box_predicted: true, box_true: true, box_hint: true, box_map: true,
 };
 
 /** A state that fits `views` from anything: what cannot be is left at its default. */
@@ -283,7 +309,7 @@ export function cleanState(raw, views) {
   const state = { ...DEFAULTS }, given = raw && typeof raw === 'object' ? raw : {};
   const limits = { tau_t: [-1e6, 1e6], tau_i: [-1e6, 1e6], alpha: [0, 1e6], beta: [0, 1e6], opacity: [0, 1], cut: [0, 1] };
   for (const [key, [low, high]] of Object.entries(limits)) if (Number.isFinite(given[key])) state[key] = Math.min(Math.max(given[key], low), high);
-  for (const key of ['sinks', 'contour', 'components']) if (typeof given[key] === 'boolean') state[key] = given[key];
+  for (const key of ['sinks', 'contour', 'components', ...KINDS.map(kind => `box_${kind}`)]) if (typeof given[key] === 'boolean') state[key] = given[key];
   if (given.combine === 'weighted') state.combine = 'weighted';
   const list = value => Array.isArray(value) ? value : [], below = (x, n) => Number.isInteger(x) && x >= 0 && x < n;
   for (const key of ['layer', 'head']) if (below(given[key], 1e4)) state[key] = given[key];
@@ -405,9 +431,12 @@ function aboutSelected(view, scores, tokens) {
   return `${tokens.length} tokens, weight ${digits(sum(tokens.map(t => scores.weights[t])))} together`;
 }
 
-function aboutCell(view, map, [row, column]) {
-  const value = map[row * view.W + column], total = sum(map);
-  return `row ${row}, column ${column}: ${digits(value)}` + (total > 0 ? `, ${digits(100 * value / total)} % of this map` : '');
+const covers = ({ W, H }, { box: [x1, y1, x2, y2] }, [row, column]) => x1 * W < column + 1 && x2 * W > column && y1 * H < row + 1 && y2 * H > row;
+
+function aboutCell(view, map, [row, column], state) {
+  const value = map[row * view.W + column], total = sum(map), inside = view.boxes.filter(one => state[`box_${one.kind}`] && covers(view, one, [row, column]));
+  return `row ${row}, column ${column}: ${digits(value)}` + (total > 0 ? `, ${digits(100 * value / total)} % of this map` : '')
+    + (inside.length ? `; in ${inside.slice(0, 3).map(one => quoted(nameOf(one))).join(', ')}` : '');
 }
 
 function aboutLooks(view, shares, [row, column]) {
@@ -505,6 +534,13 @@ const STYLE = `
   & .halo{stroke:#000a;stroke-width:3.5} & .line{stroke:#fff;stroke-width:1.5}
   & .truth{& .line{stroke:#000} & .halo{stroke:#fff;stroke-width:4}} & .region path{stroke-width:1}
   & .chosen{& .line{stroke-width:3} & .halo{stroke-width:6}}
+  & .boxes .line{stroke:var(--box);stroke-width:2} & .boxes .halo{stroke:#000c;stroke-width:4.5}
+  & .predicted{--box:#e8711a} & .true{--box:#6cc0f5;& path{stroke-dasharray:9 5}} & .hint{--box:#e58fc0;& path{stroke-dasharray:0 9;stroke-linecap:round} & .line{stroke-width:3}} & .map{--box:#1fc795;& path{stroke-dasharray:12 4 2 4}}
+  & .chip{position:absolute;padding:0 4px;font-size:11px;line-height:15px;color:#000;background:var(--box);border-radius:2px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;unicode-bidi:isolate}
+  & .chips:has(:nth-child(4)) .chip:not(.near){display:none}   /* many would hide what they name */
+  & .swatch{width:30px;height:12px;background:#222;border-radius:2px}
+  & .pair{display:grid;grid-template-columns:2fr 1fr;gap:6px;align-items:start;background:var(--paper)} & .reference{margin:0;font-size:12px;color:var(--soft)}
+  & .twin{position:relative;cursor:crosshair; & img{display:block;width:100%;margin:0;border-radius:3px} & svg{position:absolute;inset:0;width:100%;height:100%;pointer-events:none}}
   & svg text{font:700 15px system-ui, sans-serif;fill:#fff;stroke:#000;stroke-width:3px;paint-order:stroke;text-anchor:middle;dominant-baseline:central}
   & .caption{display:flex;gap:12px;justify-content:space-between;margin-top:4px;white-space:nowrap; &>:first-child{overflow:hidden;text-overflow:ellipsis}}
   & .scale{display:inline-flex;gap:5px;align-items:center;font-size:12px;color:var(--soft); & i{width:50px;height:9px;border-radius:2px;background: ${GRADIENT}}}
@@ -536,8 +572,9 @@ const STYLE = `
   & details{margin-top:8px} & summary{cursor:pointer;min-height:24px;color:var(--soft);width:fit-content} & details p{margin:4px 0;max-width:60em}
   & .said{flex-basis:100%; &:empty{display:none} & code{display:block;background:var(--panel);padding:6px 8px;border-radius:6px;font-size:12px;user-select:all;max-height:8em;overflow:auto}}
   &.alone{@container (min-width:720px){
-    & .body{display:grid;gap:0 28px;grid-template-columns:minmax(300px, 440px) minmax(0, 1fr)} & .figure{display:block} & .prose{margin-top:0}}}
-  @container (max-width:500px){& .stage{position:sticky;top:0;z-index:2}}
+    & .body{display:grid;gap:0 28px;grid-template-columns:minmax(300px, 440px) minmax(0, 1fr)} & .figure{display:block} & .prose{margin-top:0}
+    & .paired .body{grid-template-columns:minmax(300px, min(640px, 55%)) minmax(0, 1fr)} & .pair{grid-template-columns:1fr 1fr}}}
+  @container (max-width:500px){& .stage, & .pair{position:sticky;top:0;z-index:2}}
 }
 [data-jp-theme-light="true"] .readl-viewer{color-scheme:light}
 [data-jp-theme-light="false"] .readl-viewer{color-scheme:dark}
@@ -548,6 +585,8 @@ const HELP = [
   'Pointer: over a word shows its map, click locks it, Shift-click selects up to there, Ctrl-click adds one. A click on the image finds the words that look there.',
   'Keys: Tab reaches text and image, arrows move, Shift and arrows select, Space or Enter locks, Escape clears.',
 ];
+
+const MORE_HELP = 'Found: true boxes with a predicted one of their own at IoU 0.5 or more. Box IoU: mean over the true boxes of their best predicted one.';
 
 /** The response as prose: words that wrap as words, tokens that are buttons, lines that are paragraphs. */
 function buildProse(view) {
@@ -587,27 +626,60 @@ function doubleLine(name) {
   return { group: h('svg:g', { class: name }, ...paths), set: d => { if (d !== drawn) for (const path of paths) path.setAttribute('d', drawn = d); } };
 }
 
+const isPicture = address => /^data:image\/(jpeg|png|webp);base64,/.test(address);   // nothing is fetched, whatever the data says
+
 function buildStage(view) {
   const long = 420 / Math.max(view.width, view.height), box = [view.width * long, view.height * long];
   const image = h('img', { alt: `the inspected image ${view.name}` }), overlay = h('canvas');
-  if (/^data:image\/(jpeg|png|webp);base64,/.test(view.image)) image.src = view.image;   // nothing is fetched, whatever the data says
+  if (isPicture(view.image)) image.src = view.image;
   const lines = Object.fromEntries(['components', 'truth', 'region', 'hover', 'chosen'].map(name => [name, doubleLine(name)])), numbers = h('svg:g');
+  const kinds = kindsOf(view.boxes).map(kind => buildBoxes(ofKind(view.boxes, kind), kind, box));
   const svg = h('svg:svg', { viewBox: `0 0 ${box.join(' ')}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' }, ...Object.values(lines).map(line => line.group), numbers);
-  const stage = h('div', { class: 'stage', tabIndex: 0, role: 'application', ariaLabel: `Image of ${view.H} by ${view.W} cells: arrows move, Enter finds the words that look there.` }, image, overlay, svg);
-  return { stage, image, overlay, lines, numbers, box, cell: [box[0] / view.W, box[1] / view.H] };
+  lines.hover.group.before(...kinds.map(({ line }) => line.group));
+  const stage = h('div', { class: 'stage', tabIndex: 0, role: 'application', ariaLabel: `Image of ${view.H} by ${view.W} cells: arrows move, Enter finds the words that look there${view.boxes.slice(0, 10).map(one => '; ' + nameOf(one)).join('')}.` }, image, overlay, svg, ...kinds.map(({ chips }) => chips));
+  return { stage, image, overlay, lines, numbers, kinds, box, cell: [box[0] / view.W, box[1] / view.H], ...buildReference(view) };
 }
 
-function buildView(view, v) {
+/** The boxes of one kind: lines, and a chip with the name at each. */
+function buildBoxes(boxes, kind, [w, tall]) {
+  const line = doubleLine(`boxes ${kind}`), chips = h('div', { class: 'chips', ariaHidden: 'true' });
+  for (const { box: [x1, y1, x2, y2], label } of boxes) {
+    // above, below, inside at the top or the bottom: equal boxes of two kinds keep both names
+    const [edge, down] = { predicted: y1 > .08 ? ['bottom', 1 - y1] : ['top', y1], true: y2 < .92 ? ['top', y2] : ['bottom', 1 - y2], hint: ['top', y1], map: ['bottom', 1 - y2] }[kind];
+    const [side, across] = x1 + x2 > 1 ? ['right', 1 - x2] : ['left', x1];
+    chips.append(h('span', { class: `chip ${kind}`, style: `${edge}:${100 * down}%;${side}:${100 * across}%;max-width:${100 * (1 - across)}%` }, nameOf({ kind, label })));
+  }
+  const d = boxes.map(({ box: [x1, y1, x2, y2] }) => `M${x1 * w} ${y1 * tall}H${x2 * w}V${y2 * tall}H${x1 * w}z`).join('');
+  return { kind, boxes, line, chips, d };
+}
+
+/** The normal image; a cell is the same share of it. */
+function buildReference(view) {
+  if (!isPicture(view.reference)) return {};
+  const twins = { hover: doubleLine('hover'), chosen: doubleLine('chosen') }, normal = h('img', { alt: `normal reference of ${view.name}`, src: view.reference });
+  const svg = h('svg:svg', { viewBox: `0 0 ${view.W} ${view.H}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' }, twins.hover.group, twins.chosen.group);
+  return { twins, normal, reference: h('figure', { class: 'reference' }, h('div', { class: 'twin' }, normal, svg), h('figcaption', {}, 'reference')) };
+}
+
+function boxMeasures({ boxes }) {
+  const of = kind => ofKind(boxes, kind).map(({ box }) => box), truth = of('true'), value = (name, text) => h('b', { 'data-measure': name }, text);
+  const { matched, mean } = boxMatch(of('predicted'), truth);
+  return !truth.length ? [] : [h('span', {}, 'box IoU ', value('box-iou', digits(mean))), h('span', {}, 'found ', value('boxes', matched), `/${truth.length}`)];
+}
+
+function buildView(view, v, compared) {
   const part = { ...buildStage(view), ...buildProse(view), title: h('span'), low: h('span'), high: h('span'), terms: h('div', { class: 'terms' }), notes: h('ul', { class: 'notes' }) };
   part.readout = h('div', { class: 'readout', 'aria-live': 'polite' });
   part.measures = Object.fromEntries(['entropy', 'kept', 'iou', 'auroc'].map(name => [name, h('b', { 'data-measure': name })]));
   const { entropy, kept, iou: overlap, auroc: area } = part.measures, known = view.truth ? [h('span', {}, 'IoU ', overlap), h('span', {}, 'AUROC ', area)] : [];
+  if (compared) known.push(...boxMeasures(view));
   const measures = h('div', { class: 'measures' }, h('span', {}, pretty('S_I '), entropy, ' nats'), h('span', {}, 'kept ', kept, ` of ${view.T}`), ...known);
   const caption = h('div', { class: 'caption' }, part.title, h('span', { class: 'scale' }, part.low, h('i'), part.high));
-  const figure = h('div', { class: 'figure' }, part.stage, caption, part.readout, measures, part.terms);
+  const screen = part.reference ? h('div', { class: 'pair' }, part.stage, part.reference) : part.stage;
+  const figure = h('div', { class: 'figure' }, screen, caption, part.readout, measures, part.terms);
   const head = h('div', { class: 'head' }, h('span', { class: 'name' }, view.name), h('span', { class: 'verdict' }, view.verdict));
-  part.section = h('section', { class: 'view', 'data-view': v, ariaLabel: `inspection ${v + 1}: ${view.name}` }, head, part.notes, h('div', { class: 'body' }, figure, part.prose));
-  part.section.style.setProperty('--wide', `${Math.round(440 * Math.min(1, 1.2 * view.width / view.height))}px`);
+  part.section = h('section', { class: part.reference ? 'view paired' : 'view', 'data-view': v, ariaLabel: `inspection ${v + 1}: ${view.name}` }, head, part.notes, h('div', { class: 'body' }, figure, part.prose));
+  part.section.style.setProperty('--wide', `${Math.round((part.reference ? 640 : 440) * Math.min(1, 1.2 * view.width / view.height))}px`);
   part.stage.style.setProperty('--aspect', `${view.width} / ${view.height}`);
   return part;
 }
@@ -619,12 +691,14 @@ function buildControls(views) {
   const low = least(views.map(view => view.low)), high = most(views.map(view => view.high)), top = name => most(views.map(view => view.config[name]), 1), output = {};
   const truth = views.some(view => view.truth), [L, H] = ['layers', 'heads'].map(key => most(views.map(view => view.heads?.[key] ?? 0)));
   const range = (name, text, min = 0, max = 1) => h('label', { title: SPOKEN[name] }, pretty(text), h('input', { type: 'range', name, min, max, step: (max - min) / 200, ariaLabel: SPOKEN[name] }), output[name] = h('output'));
-  const check = (name, text) => h('label', {}, h('input', { type: 'checkbox', name }), text);
+  const check = (name, ...texts) => h('label', {}, h('input', { type: 'checkbox', name }), ...texts);
+  const swatch = kind => h('svg:svg', { class: `swatch boxes ${kind}`, viewBox: '0 0 30 12', 'aria-hidden': 'true' }, h('svg:path', { class: 'line', d: 'M3 6H27' }));
   const choose = (name, text, options) => h('label', {}, text, h('select', { name }, ...options.map(([value, label]) => h('option', { value }, label))));
   const press = (kind, names) => Object.entries(names).map(([name, text]) => h('button', { type: 'button', [`data-${kind}`]: name }, text));
   const numbered = count => [['', 'mean of all'], ...Array.from({ length: count }, (_, i) => [i, i])];
   const bar = h('div', { class: 'bar' }, h('div', { class: 'presets', role: 'group', ariaLabel: 'map to show' }, ...press('preset', { rdam: 'RDAM', kept: 'Kept tokens', all: 'All tokens' })),
-    range('opacity', 'Opacity'), check('components', 'Components of a token’s map'), ...(truth ? [check('contour', 'Defect contour')] : []));
+    range('opacity', 'Opacity'), check('components', 'Components of a token’s map'), ...(truth ? [check('contour', 'Defect contour')] : []),
+    ...kindsOf(views.flatMap(view => view.boxes)).map(kind => check(`box_${kind}`, `Boxes: ${kind}`, swatch(kind))));
   const sliders = h('div', { class: 'sliders' }, range('tau_t', 'τ_T', low, high), range('tau_i', 'τ_I', low, high), range('alpha', 'α', 0, top('alpha')), range('beta', 'β', 0, top('beta')));
   const formula = pretty('w = (α Ŝ_T + β Ŝ_I) · [Ŝ_T > τ_T] · [Ŝ_I > τ_I],  RDAM = Σ_t w_t A_t', 'formula');
   const more = h('details', {}, h('summary', {}, 'More: several tokens, layers and heads, sinks'), h('div', { class: 'row' },
@@ -633,7 +707,7 @@ function buildControls(views) {
   if (!L) more.append(h('p', {}, 'Layers and heads: not captured; TokenViewer(..., heads=True) keeps them.'));
   const said = h('div', { class: 'said', role: 'status' });
   const actions = h('div', { class: 'row' }, ...press('action', { png: 'Save PNG', html: 'Save HTML', code: 'Copy Python', link: 'Copy link' }), said);
-  const help = h('details', {}, h('summary', {}, 'How to read and use this'), ...HELP.map(text => h('p', {}, pretty(text))));
+  const help = h('details', {}, h('summary', {}, 'How to read and use this'), ...HELP.concat(views.some(view => view.boxes.length || view.reference) ? MORE_HELP : []).map(text => h('p', {}, pretty(text))));
   const panel = h('div', { class: 'panel', role: 'group', ariaLabel: 'thresholds and export' }, sliders, h('div', { class: 'row' }, formula, ...press('action', { own: 'Reset thresholds' })), more, actions, help);
   more.classList.add('more');
   return { bar, panel, output, said, more };
@@ -656,7 +730,8 @@ function render({ model, el }) {
       const data = model.get('data');
       if (data?.version !== 1 || !data.views?.length) throw new Error('there is no inspection in it; give TokenViewer at least one.');
       views = data.views.map(prepareView);
-      parts = views.map(buildView); controls = buildControls(views);
+      const compared = kindsOf(views.flatMap(view => view.boxes)).includes('predicted');   // beside them, a model without any found none
+      parts = views.map((view, v) => buildView(view, v, compared)); controls = buildControls(views);
     } catch (problem) { views = []; error.textContent = `The viewer cannot show this: ${problem.message}`; return; }
     root.classList.toggle('alone', views.length === 1);
     root.append(controls.bar, h('div', { class: 'views' }, ...parts.map(part => part.section)), controls.panel);
@@ -704,6 +779,7 @@ function render({ model, el }) {
       drawNotes(view, parts[v], all[v]);
       drawTokens(view, parts[v], v, all[v]);
       drawCells(view, parts[v], v, maps[v], all[v]);
+      drawBoxes(view, parts[v], v);
     });
     fillOutputs();
   }
@@ -776,6 +852,14 @@ function render({ model, el }) {
     return part.looks.shares;
   }
 
+  function drawBoxes(view, { kinds }, v) {
+    const here = pointed?.v === v && [pointed.row, pointed.column];
+    for (const { kind, boxes, line, chips, d } of kinds) {
+      line.set(state[`box_${kind}`] ? d : ''); chips.hidden = !state[`box_${kind}`];
+      boxes.forEach((box, i) => chips.children[i].classList.toggle('near', here && covers(view, box, here)));
+    }
+  }
+
   /** The chosen cell in view v; views of one size and grid show the same place. */
   function cellOf(v) {
     if (!state.cell) return null;
@@ -787,7 +871,8 @@ function render({ model, el }) {
     const [x, y] = part.cell, box = cell => cell ? `M${cell[1] * x} ${cell[0] * y}h${x}v${y}h${-x}z` : '';
     const here = pointed?.v === v ? [pointed.row, pointed.column] : null, chosen = cellOf(v), token = preview?.v === v ? preview.t : tokens.length === 1 && !preset ? tokens[0] : null;
     part.lines.hover.set(box(here)); part.lines.chosen.set(box(chosen));
-    const text = here ? aboutCell(view, map, here) : token !== null ? aboutToken(view, scores, token) : chosen ? aboutLooks(view, part.looks.shares, chosen) : aboutSelected(view, scores, state.selected[v]);
+    for (const [name, cell] of [['hover', here], ['chosen', chosen]]) part.twins?.[name].set(cell ? `M${cell[1]} ${cell[0]}h1v1h-1z` : '');
+    const text = here ? aboutCell(view, map, here, state) : token !== null ? aboutToken(view, scores, token) : chosen ? aboutLooks(view, part.looks.shares, chosen) : aboutSelected(view, scores, state.selected[v]);
     if (part.readout.textContent !== text) part.readout.textContent = text;
   }
 
@@ -813,7 +898,7 @@ function render({ model, el }) {
   });
 
   listen(root, 'click', event => {
-    const [token, button, stage] = ['.token', 'button', '.stage'].map(kind => event.target.closest(kind));
+    const [token, button, stage] = ['.token', 'button', '.stage, .twin'].map(kind => event.target.closest(kind));
     if (token) selectToken(placeOf(token), event);
     else if (button?.dataset.preset) { preview = null; change({ preset: button.dataset.preset, selected: views.map(() => []) }); }
     else if (button) actions[button.dataset.action]();
@@ -847,7 +932,7 @@ function render({ model, el }) {
 
   const follow = (kind, f) => listen(root, kind, event => { f(event); later(); });
   follow('pointerover', ({ target }) => { const token = target.closest('.token'); preview = token && placeOf(token); });
-  follow('pointermove', event => { const stage = event.target.closest('.stage'); pointed = stage && cellAt(event, stage); });
+  follow('pointermove', event => { const stage = event.target.closest('.stage, .twin'); pointed = stage && cellAt(event, stage); });
   for (const kind of ['pointerleave', 'focusout']) follow(kind, () => { preview = pointed = null; });
   follow('focusin', ({ target }) => {
     if (target.matches('.token:focus-visible')) preview = placeOf(target);
@@ -951,7 +1036,8 @@ function render({ model, el }) {
 
 /** All views in one canvas, twice as fine as a small screen: image, map, lines, title and scale. */
 function drawPicture(views, parts) {
-  const gap = 16, top = 26, width = sum(parts.map(part => part.box[0] + gap)) + gap, height = most(parts.map(part => part.box[1])) + top + 44;
+  const gap = 16, top = 26, beside = ({ box, normal }) => normal?.naturalWidth ? box[0] / 2 : -gap;
+  const width = sum(parts.map(part => part.box[0] + beside(part) + 2 * gap)) + gap, height = most(parts.map(part => part.box[1])) + top + 44;
   const canvas = h('canvas', { width: 2 * width, height: 2 * height }), pen = canvas.getContext('2d');
   const write = (text, x, y, style = {}, room) => { Object.assign(pen, { fillStyle: '#1b1e24', font: '12px system-ui, sans-serif', textAlign: 'left', ...style }); pen.fillText(text, x, y, room); };
   pen.scale(2, 2); pen.fillStyle = '#fff'; pen.fillRect(0, 0, width, height); pen.translate(gap, top);
@@ -961,10 +1047,19 @@ function drawPicture(views, parts) {
     pen.filter = 'none';
     pen.drawImage(part.overlay, 0, 0, w, tall);
     for (const path of part.stage.querySelectorAll('path')) {
-      const { stroke, strokeWidth } = getComputedStyle(path);
-      Object.assign(pen, { strokeStyle: stroke, lineWidth: parseFloat(strokeWidth) });
+      const { stroke, strokeWidth, strokeDasharray, strokeLinecap } = getComputedStyle(path);
+      Object.assign(pen, { strokeStyle: stroke, lineWidth: parseFloat(strokeWidth), lineCap: strokeLinecap });
+      pen.setLineDash((strokeDasharray.match(/[\d.]+/g) ?? []).map(Number));
       pen.stroke(new Path2D(path.getAttribute('d') ?? ''));
     }
+    const from = part.stage.getBoundingClientRect(), zoom = w / from.width;
+    for (const chip of part.stage.querySelectorAll('.chip')) {   // those not shown have no width
+      const { left, bottom, width: long } = chip.getBoundingClientRect(), [x, y] = [(left - from.left) * zoom, (bottom - from.top) * zoom];
+      pen.fillStyle = getComputedStyle(chip).backgroundColor; pen.fillRect(x, y - 15, long * zoom, 15);
+      if (long) write(chip.textContent, x + 4, y - 4, { font: '11px system-ui, sans-serif' }, long * zoom - 8);
+    }
+    const half = beside(parts[v]);
+    if (half > 0) { pen.drawImage(part.normal, w + gap, 0, half, half * part.normal.naturalHeight / part.normal.naturalWidth); write('reference', w + gap, -9); }
     for (const number of part.numbers.children) {
       const [x, y] = [+number.getAttribute('x'), +number.getAttribute('y') + 5], bold = { font: '700 15px system-ui, sans-serif', textAlign: 'center' };
       for (const [shift, fillStyle] of [[-1, '#000'], [1, '#000'], [0, '#fff']]) write(number.textContent, x + shift, y + shift, { ...bold, fillStyle });
@@ -975,7 +1070,7 @@ function drawPicture(views, parts) {
     write(`${views[v].name}   ${views[v].verdict}`, 0, -9, { font: '600 14px system-ui, sans-serif' }, w);
     write(part.title.textContent, 0, tall + 16, {}, w); write(part.high.textContent, 165, tall + 33);
     write(part.low.textContent, 36, tall + 33, { textAlign: 'right' }, 36);
-    pen.translate(w + gap, 0);
+    pen.translate(w + half + 2 * gap, 0);
   });
   return canvas;
 }

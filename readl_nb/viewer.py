@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from .attention import TokenAttention, captured_corner, lay_out, token_attention
 from .evaluation import SETTINGS, Result
 from .images import show_name
-from .inspection import Inspection, ReALConfig, assemble
+from .inspection import Inspection, ReALConfig, assemble, prompt_for
 from .models import Prompt, Response, prepare
 from .reports import write_atomic
 from .viewer_page import framed, in_words, page, view_of, viewer_source
@@ -31,7 +31,7 @@ from .viewer_page import framed, in_words, page, view_of, viewer_source
 def as_inspection(
     result,   # a `Result` of an evaluation; an `Inspection` is given back as it is
 ) -> Inspection:
-    "The `Inspection` of a stored result, from its image, text and attention.\n\nRaises `ValueError`, one line, when it has no maps, and `BadImage` when its image is gone."
+    "The `Inspection` of a stored result, from its image, text and attention.\n\nRaises `ValueError`, one line, when it has no maps, and `BadImage` when its image or its reference is gone."
     if isinstance(result, Inspection): return result
     if isinstance(result, (list, tuple)): raise ValueError(f'this is a {type(result).__name__} of {len(result)}; write TokenViewer(*list), with a star')
     if not isinstance(result, Result): raise ValueError(f'{show_name(result, 80)}: this is a {type(result).__name__}, which has no maps to show; pass an Inspection or a Result')
@@ -40,7 +40,7 @@ def as_inspection(
     if attention is None:
         raise ValueError(f"{show_name(result['path'])}: it has no maps of tokens ({result['failure'] or 'the model that answered was only asked, not looked into'}); evaluate it with a Qwen2.5-VL")
     response = Response(result['text'], (), result['log_odds'], 'truncated' in result['problem'])
-    return assemble(result['path'], result.image(), response, attention, config_beside(result.file), result['seconds'])
+    return assemble(result['path'], result.image(), response, attention, config_beside(result.file), result['seconds'], reference=result.reference())
 
 def config_beside(
     file: Path,   # of a result
@@ -64,11 +64,14 @@ def views_of(
     masks=None,      # one for all, or a list with one or None for each; a `Result` brings its own
     names=None,      # what stands above each, such as the model; file names when left out
     heads=False,     # True: with the layers and heads of `capture_heads`
+    boxes=None,      # one list or None for each: boxes (predicted) or (kind, box), in pixels of its image
 ) -> list[dict]:
     "The view of each, as `viewer.js` takes it. Raises `ValueError`, one line, for what cannot be shown."
     if not inspections: raise ValueError('there is nothing to show; pass at least one Inspection or Result')
     each = masks if isinstance(masks, (list, tuple)) else [masks] * len(inspections)
-    for given, what in ((each, 'masks'), (inspections if names is None else names, 'names')):
+    drawn = [None] * len(inspections) if boxes is None else boxes
+    if not all(one is None or isinstance(one, (list, tuple)) for one in drawn): raise ValueError('boxes holds a box; give one list of boxes for each inspection, as boxes=[[...], None]')
+    for given, what in ((each, 'masks'), (inspections if names is None else names, 'names'), (drawn, 'lists of boxes')):
         if len(given) != len(inspections): raise ValueError(f'there are {len(given)} {what} for {len(inspections)} inspections; give one for each')
     views = []
     for number, (source, mask) in enumerate(zip(inspections, each)):
@@ -76,14 +79,15 @@ def views_of(
         if mask is None and isinstance(source, Result): mask = source.mask()
         maps, text = (getattr(inspection.attention, name, None) if heads else None for name in ('per_head', 'text_per_head'))
         if heads and maps is None: raise ValueError(f'{show_name(inspection.path) or "image"}: its layers and heads were not captured; show capture_heads(inspection, vlm) instead')
-        view = view_of(inspection, mask, heads=maps, name=None if names is None else names[number])
+        view = view_of(inspection, mask, heads=maps, name=None if names is None else names[number], boxes=drawn[number])
         if text is not None: view['heads']['text'] = text[..., :len(view['weights'])].flatten().tolist()
         views.append(view)
     return views
 
 # %% ../nbs/11_viewer.ipynb #c010
 DEFAULTS = dict(selected=[], preset='rdam', combine='mean', cell=None, tau_t=None, tau_i=None, alpha=None, beta=None,
-    opacity=.7, cut=.5, sinks=False, layer=None, head=None, contour=True, components=True)   # as in viewer.js
+    opacity=.7, cut=.5, sinks=False, layer=None, head=None, contour=True, components=True,
+    box_predicted=True, box_true=True, box_hint=True, box_map=True)   # as in viewer.js
 CHOICES = dict(preset=('rdam', 'kept', 'all'), combine=('mean', 'weighted'))
 LIMITS = dict(tau_t=(-1e6, 1e6), tau_i=(-1e6, 1e6), alpha=(0, 1e6), beta=(0, 1e6), opacity=(0, 1), cut=(0, 1))   # those of viewer.js
 
@@ -97,7 +101,7 @@ def checked_state(
         if name in CHOICES: good, may = (value is None and name == 'preset') or isinstance(value, str) and value in CHOICES[name], ', '.join(map(repr, CHOICES[name]))
         elif name in LIMITS: good, may = value is None or is_number(value, *LIMITS[name]), 'a number from {:g} to {:g}, or None'.format(*LIMITS[name])
         elif name in ('layer', 'head'): good, may = value is None or is_index(value, 10_000), 'a whole number, 0 or more, or None'
-        elif name in ('sinks', 'contour', 'components'): good, may = isinstance(value, (bool, np.bool_)), 'True or False'
+        elif isinstance(DEFAULTS.get(name), bool): good, may = isinstance(value, (bool, np.bool_)), 'True or False'
         elif name == 'selected': good, may = is_selection(value, views), f'one list of token numbers for each of the {len(views)} views'
         elif name == 'cell': good, may = value is None or is_cell(value, views), 'None or [view, row, column] inside a grid'
         else: raise ValueError(f'the state has no {show_name(repr(name), 80)}; it holds {", ".join(DEFAULTS)}')
@@ -140,9 +144,10 @@ class TokenViewer(anywidget.AnyWidget):
         state=None,      # what is chosen at first, see the table above
         names=None,      # what stands above each; file names when left out
         heads=False,     # True: layers and heads to choose from, see `capture_heads`
+        boxes=None,      # one list or None for each: boxes (predicted) or (kind, box), in pixels of its image; kind: 'predicted', 'true', 'hint', 'map'
     ):
         "Raises `ValueError`, one line, for what cannot be shown."
-        views = views_of(inspections, masks, names, heads)
+        views = views_of(inspections, masks, names, heads, boxes)
         super().__init__(data=dict(version=1, views=views), state=checked_state({} if state is None else state, views))
         self.on_msg(self._asked)
 
@@ -183,12 +188,13 @@ def save_page(
     state=None,      # what is chosen at first
     names=None,      # what stands above each; file names when left out
     heads=False,     # True: layers and heads to choose from
+    boxes=None,      # one list or None for each: boxes (predicted) or (kind, box), in pixels of its image
 ) -> Path:
     "The path of a page that needs no kernel and no network, written.\n\nRaises `ValueError`, one line, for what cannot be shown or written."
-    views = views_of(inspections, masks, names, heads)
+    views = views_of(inspections, masks, names, heads, boxes)
     return write_page(path, page(views, checked_state({} if state is None else state, views)))
 
-# %% ../nbs/11_viewer.ipynb #c038
+# %% ../nbs/11_viewer.ipynb #c044
 @dataclass(frozen=True, repr=False)
 class HeadAttention(TokenAttention):
     "What each token looked at, in each layer and head too."
@@ -200,14 +206,15 @@ def capture_heads(
     vlm,                      # the model that wrote its response
     layers=None,              # numbers of the layers, None = all
     heads=None,               # numbers of the heads, None = all
-    prompt: Prompt = Prompt(),# the question it answered
+    prompt: Prompt | None = None,   # the question it answered; None: the default one, with a reference that for two images
 ) -> Inspection:
     "The same inspection with the maps of single layers and heads, for `TokenViewer(..., heads=True)`; one forward pass.\n\nRaises `ValueError` for a stored result, whose tokens are not known, or other tokens than the inspection's."
-    response, config = inspection.response, inspection.config
+    response, config, reference = inspection.response, inspection.config, inspection.reference
     if inspection.attention.tokens and not response.token_ids:
         raise ValueError(f'{show_name(inspection.path) or "image"}: the tokens of the whole response are not stored; inspect the image again and capture the heads of that inspection')
-    inputs = prepare(vlm, [inspection.image], prompt, completions=[response.token_ids])
-    layout = lay_out(vlm, inputs, 0, [inspection.image], [response], config.words, -1, {})
+    images = [inspection.image if reference is None else [reference, inspection.image]]
+    inputs = prepare(vlm, images, prompt_for(prompt, reference), completions=[response.token_ids])
+    layout = lay_out(vlm, inputs, 0, images, [response], config.words, -1, {})
     corner = captured_corner(vlm, inputs, [layout], config.row, layers, heads, True)[0]
     seen = token_attention(layout, corner, config.tokens, True)
     if seen.tokens != inspection.attention.tokens: raise ValueError(f'{show_name(inspection.path) or "image"}: read again, its tokens are others; pass the model and the prompt that it was inspected with')

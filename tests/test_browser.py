@@ -1,6 +1,7 @@
 "Viewer and dashboards as their users meet them: a real JupyterLab and saved pages without a network, in headless Chromium, with mouse, keyboard and axe-core."
 import base64, json, os, re, sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ if missing() and not REQUIRED: pytest.skip(missing(), allow_module_level=True)
 
 from playwright.sync_api import expect
 from readl_nb.aggregation import anomaly_map, to_pixels, token_weights
+from readl_nb.boxes import Box, iou_matrix, mask_boxes, match
 from readl_nb.datasets import read_mask
 from readl_nb.inspection import ReALConfig, inspect_image
 from readl_nb.models import load_vlm
 from readl_nb.scoring import foreground, normalise, spatial_entropy, threshold
 from readl_nb.viewer import TokenViewer, capture_heads, save_page
-from readl_nb.viewer_page import view_of
+from readl_nb.viewer_page import shares_of, view_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT/'sample_data/metal/test/contamination/000.jpg'
@@ -335,6 +337,85 @@ def test_axe_finds_nothing_on_a_page(window, file, axe, width, scheme):
         token(page, 5).click(); token(page, 7).click(modifiers=['Shift']); slide(page, 'tau_t', .3); page.locator('input[name=components]').first.check()
         found += violations(page)
         assert not found, '\n'.join(found)
+
+# --- reference and boxes ---
+
+@pytest.fixture(scope='module')
+def paired(inspection, mask, tmp_path_factory):
+    "A page with a reference of another size and boxes of every kind; the true and the predicted boxes."
+    true = mask_boxes(mask, 'contamination')
+    found = [replace(true[1], x1=true[1].x1 + 3, label='contamination'), Box(300, 300, 380, 360, '<img src=x onerror=alert(1)>\u202e')]
+    boxes = [*found, *(('true', box) for box in true), ('hint', true[0]), ('map', Box(-20, 390, 60, 500))]
+    made = save_page(tmp_path_factory.mktemp('paired')/'paired.html', replace(inspection, reference=Image.new('RGB', (500, 300), 'grey')), masks=[mask], boxes=[boxes])
+    return Path(made), true, found
+
+def square(page, name):
+    "Where the framed cell stands in the stage or the reference, as shares of it: left, top, right, bottom."
+    settled(page)
+    return page.evaluate("""name => { const inside = document.querySelector(name).getBoundingClientRect(), path = document.querySelector(name + ' .hover .line').getBoundingClientRect();
+        return path.width ? [path.left - inside.left, path.top - inside.top, path.right - inside.left, path.bottom - inside.top].map((value, i) => value / (i % 2 ? inside.height : inside.width)) : null }""", name)
+
+def test_the_reference_frames_the_same_cell(window, paired, inspection):
+    H, W = inspection.grid_map.shape
+    with opened(window, paired[0]) as page:
+        assert square(page, '.twin') is None
+        for name in ('.stage', '.twin'):   # pointing at either
+            box = page.locator(name).bounding_box()
+            page.mouse.move(box['x'] + 9.5 / W * box['width'], box['y'] + 11.5 / H * box['height'])
+            for shown in ('.stage', '.twin'): assert square(page, shown) == pytest.approx([9 / W, 11 / H, 10 / W, 12 / H], abs=.02), (name, shown)
+            assert 'row 11, column 9' in page.locator('.readout').text_content()
+        page.mouse.click(box['x'] + 9.5 / W * box['width'], box['y'] + 11.5 / H * box['height'])
+        assert state(page)['cell'] == [0, 11, 9]
+        page.locator('.stage').focus(); page.keyboard.press('ArrowRight'); assert square(page, '.twin') is not None
+        assert page.locator('.twin img').evaluate('image => image.naturalWidth / image.naturalHeight') == pytest.approx(5 / 3, abs=.02)
+
+def test_boxes_are_drawn_named_switched_and_measured(window, paired):
+    made, true, found = paired
+    with opened(window, made) as page:
+        seen, whole = set(), picture(page)
+        for kind in ('predicted', 'true', 'hint', 'map'):
+            path = page.locator(f'.stage .boxes.{kind} .line')
+            style = path.evaluate('path => { const { stroke, strokeDasharray } = getComputedStyle(path); return stroke + " " + strokeDasharray }'); seen |= set(style.split(') '))
+            assert path.get_attribute('d').count('M') == (len(true) if kind == 'true' else 2 if kind == 'predicted' else 1)
+            box = page.locator(f'input[name=box_{kind}]'); box.uncheck(); page.mouse.move(0, 0)
+            assert state(page)[f'box_{kind}'] is False and not path.get_attribute('d') and picture(page) != whole and page.locator(f'.chip.{kind}:visible').count() == 0
+            box.check()
+        assert len(seen) == 8, 'each kind has a colour and a line of its own'
+        assert page.locator('.chip.predicted').all_text_contents() == ['predicted: contamination', 'predicted: <img src=x onerror=alert(1)>\\u202e'] and page.locator('.readl-viewer img[src=x]').count() == 0
+        left = page.locator('.stage .boxes.map .line').get_attribute('d'); assert left.startswith('M0 390') and 'V420' in left   # clipped
+        overlap = iou_matrix(found, true)
+        assert measured(page, 'boxes') == len(match(found, true, .5)) == 1 and measured(page, 'box-iou') == pytest.approx(overlap.max(0).mean(), abs=1e-3)
+        assert f'/{len(true)}' in page.locator('.measures').text_content() and 'predicted: contamination' in page.locator('.stage').get_attribute('aria-label')
+        x, y = (true[1].x1 + true[1].x2) / 840, (true[1].y1 + true[1].y2) / 840; box = page.locator('.stage').bounding_box()
+        page.mouse.move(box['x'] + x * box['width'], box['y'] + y * box['height']); settled(page)
+        assert 'true: contamination' in page.locator('.readout').text_content() and page.locator('.chip.true:visible').count() >= 1   # many boxes are named where one points
+        with page.expect_download() as download: page.locator('button[data-action=png]').click()
+        assert Image.open(download.value.path()).width > 2 * 420 * 1.4   # with the reference
+
+def test_boxes_are_compared_as_in_python(window):
+    made = np.random.default_rng(5); cases = []
+    for _ in range(200):   # whole corners: equal boxes, boxes without overlap and an IoU of exactly 0.5 occur
+        some = [[(*low, *(low + made.integers(1, 6, 2))) for low in made.integers(0, 8, (made.integers(least, 7), 2))] for least in (0, 1)]
+        cases.append([[Box(*map(float, corners)) for corners in boxes] for boxes in some])
+    source = base64.b64encode((ROOT/'readl_nb/viewer.js').read_bytes()).decode()
+    sent = [shares_of([*found, *(('true', box) for box in true)], (14, 14))[0] for found, true in cases]
+    with watched(window) as context:
+        numbers = json.loads(context.new_page().evaluate("""async ([source, cases]) => { const js = await import('data:text/javascript;base64,' + source)
+            return JSON.stringify(JSON.parse(cases).map(all => { const [found, truth] = ['predicted', 'true'].map(kind => js.cleanBoxes(all).filter(one => one.kind === kind).map(one => one.box))
+                const { matched, mean } = js.boxMatch(found, truth); return [matched, mean] })) }""", [source, json.dumps(sent)]))
+    for (found, true), (matched, mean) in zip(cases, numbers):
+        assert matched == len(match(found, true, .5)) and mean == pytest.approx(iou_matrix(found, true).max(0, initial=0).mean(), abs=1e-6)
+    assert len({matched for matched, _ in numbers}) > 2
+
+@pytest.mark.parametrize('width, scheme', [(360, 'dark'), (1280, 'light')])
+def test_axe_finds_nothing_with_reference_and_boxes(window, paired, axe, width, scheme):
+    with opened(window, paired[0], width=width, scheme=scheme, scripts=[axe]) as page:
+        assert page.evaluate('() => document.documentElement.scrollWidth <= innerWidth'), 'scrolls sideways'
+        token(page, 5).click(); found = violations(page, 'html')
+        assert not found, '\n'.join(found)
+
+def test_pages_without_reference_and_boxes_show_nothing_of_them(window, file):
+    with opened(window, file) as page: assert page.locator('.twin, .chips, .pair, .boxes, input[name^=box_], [data-measure^=box]').count() == 0
 
 # --- the formulas of viewer.js are those of the notebooks ---
 

@@ -220,3 +220,94 @@ def test_datasets_manifest_tells_what_changed(made, tmp_path, capsys):
     assert readl_datasets(['verify', str(data), file]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and 'changed' in lines[0] and 'not in the manifest' in lines[1]
+
+# --- with references and boxes ---
+
+ASKED = ['--reference', '--max-new-tokens', 24, '--temperature', 1.5, '--min-p', .1, '--batch-size', 2, '--json']   # sampled: it has to go on with the same random numbers
+
+@pytest.fixture(scope='module')
+def paired(made, root, tmp_path_factory):
+    "A folder with `made`'s images and normal images of brick to learn from, none of leather but its test image, and an evaluation with references that nobody disturbed."
+    folder = tmp_path_factory.mktemp('paired'); shutil.copytree(made/'data', folder/'data')
+    place = folder/'data'/'brick'/'train'/'good'; place.mkdir(parents=True)
+    for n in range(2): shutil.copy(root/'sample_data'/'brick'/'train'/'good'/f'00{n}.jpg', place)
+    from PIL import Image
+    Image.open(place/'001.jpg').resize((97, 60)).save(place/'001.jpg')   # of another size
+    done = subprocess.run(command(folder, folder/'run', *ASKED), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder/'said.json').write_text(done.stdout); (folder/'told.txt').write_text(done.stderr)
+    return folder
+
+def test_references_are_kept_and_an_image_without_one_fails_alone(paired):
+    summary, told = strict((paired/'said.json').read_text()), (paired/'told.txt').read_text()
+    assert [summary['counts'][name] for name in ('images', 'evaluated', 'failed')] == [6, 5, 1] and 'Traceback' not in told
+    results = {r['path']: r for r in load_results(paired/'run')}
+    assert {r['reference'] for path, r in results.items() if path.startswith('brick')} <= {'brick/train/good/000.jpg', 'brick/train/good/001.jpg'}
+    assert results['leather/test/stain/000.jpg']['reference'] == 'leather/test/good/000.jpg' and results['leather/test/stain/000.jpg'].reference().size == (420, 420)
+    alone = results['leather/test/good/000.jpg']   # the only normal leather: never beside itself
+    assert alone['reference'] == '' and 'no reference image' in alone['failure'] and alone['failure'] in ' '.join(summary['problems'])
+    assert any('1 of 3' in line and 'leather' in line for line in sentence(told))
+
+def test_table_4_style_rows(paired):
+    level = strict((paired/'said.json').read_text())['boxes']
+    assert level['at'] == .1 and [row['method'] for row in level['table']] == ['boxes', 'map'] and level['counts']['true_boxes'] >= 4
+    for row in level['table']:
+        numbers = [row[f'{part}_{name}'] for part in ('detection', 'localisation') for name in ('accuracy', 'recall', 'precision')]
+        assert all(number is None or 0 <= number <= 1 for number in numbers) and numbers[3] is not None
+    assert '<h2>Boxes</h2>' in (paired/'run'/'report'/'index.html').read_text(encoding='utf8')
+
+def test_killed_with_references_it_goes_on_with_the_same_samples(paired, tmp_path, capsys):
+    out = tmp_path/'run'
+    process = subprocess.Popen(command(paired, out, *ASKED), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 600
+    while len(stamps(out)) < 1 and process.poll() is None and time.time() < deadline: time.sleep(.005)
+    process.kill(); assert process.wait() == -9
+    before = stamps(out)
+    assert 1 <= len(before) < 5, 'it was not killed in the middle'
+    code, said, error = here(capsys, paired, out, *ASKED)
+    after = stamps(out)
+    assert code == 0 and len(after) == 5 and {name: after[name] for name in before} == before, 'a finished image was done again'
+    assert [r.record.get('text') for r in load_results(out)] == [r.record.get('text') for r in load_results(paired/'run')], 'other answers than without the interruption'
+    assert close(strict(said), strict((paired/'said.json').read_text()))
+
+def test_again_with_references_nothing_is_asked_but_beside_a_changed_one(paired, tmp_path, capsys, monkeypatch):
+    import readl_nb.evaluation as evaluation
+    from PIL import Image
+    shutil.copytree(paired/'data', tmp_path/'data'); out = Path(shutil.copytree(paired/'run', tmp_path/'run')); before = stamps(out)
+    monkeypatch.setattr(evaluation, 'load_vlm', lambda *a, **k: None); calls = []
+    def asked(rows, *rest): calls.extend(row['path'] for row in rows); yield from ((row, 'asked again') for row in rows)
+    monkeypatch.setattr(evaluation, 'asked', asked)
+    code, said, _ = here(capsys, tmp_path, out, *ASKED)
+    assert code == 0 and stamps(out) == before and 'leather/test/good/000.jpg' in calls and len(calls) <= 2, calls   # the failed one, in the batch it belongs to
+    Image.new('RGB', (50, 40), 'grey').save(tmp_path/'data'/'leather'/'test'/'good'/'000.jpg')   # the reference of two images
+    here(capsys, tmp_path, out, *ASKED)
+    failed = {r['path'] for r in load_results(out) if r['failure'] == 'asked again'}
+    assert failed == {f'leather/test/{kind}/000.jpg' for kind in ('good', 'stain', 'scratch')}
+
+def test_unreadable_references_of_a_folder_are_told_and_others_taken(paired, tmp_path, capsys, monkeypatch):
+    import readl_nb.evaluation as evaluation
+    monkeypatch.setattr(evaluation, 'load_vlm', lambda *a, **k: None)
+    monkeypatch.setattr(evaluation, 'asked', lambda rows, *rest: ((row, 'not asked') for row in rows))
+    normals = tmp_path/'normals'; normals.mkdir(); shutil.copy(paired/'data'/'brick'/'train'/'good'/'000.jpg', normals); (normals/'bad.png').write_text('hello')
+    code, said, error = here(capsys, paired, tmp_path/'run', '--reference', normals, '--json')
+    assert code == 1 and 'bad.png' in error and {r['reference'] for r in load_results(tmp_path/'run')} == {str(normals/'000.jpg')}
+
+@pytest.mark.parametrize('more, said', [(['--reference', 'no/such/folder'], 'no such folder of normal images'), (['--min-p', .1], 'give a temperature too'), (['--tier', 2, '--boxes'], 'go with tier 1'),
+                                        (['--endpoint', 'http://127.0.0.1:9/v1', '--model', 'NAME', '--reference'], 'go with tier 1')])
+def test_references_and_sampling_that_cannot_be_are_one_sentence(made, tmp_path, capsys, more, said):
+    code, out, error = here(capsys, made, tmp_path/'run', *more)
+    assert (code, out) == (1, '') and len(error.strip().splitlines()) == 1 and said in error and not (tmp_path/'run').exists(), error
+
+def test_other_sampling_or_question_needs_another_folder(paired, capsys):
+    before = stamps(paired/'run')
+    for more in ([*ASKED, '--seed', 5], [*ASKED, '--min-p', .2], ['--max-new-tokens', 24], ['--max-new-tokens', 24, '--boxes']):
+        code, out, error = here(capsys, paired, paired/'run', *more)
+        assert code == 1 and 'another model or prompt' in error and out == '', error
+    assert stamps(paired/'run') == before
+
+def test_results_from_before_sampling_and_references_go_on(made, tmp_path, capsys):
+    out = Path(shutil.copytree(made/'run', tmp_path/'run')); about = json.loads((out/'settings.json').read_text())
+    for name in ('temperature', 'min_p', 'seed'): del about['made_by'][name]
+    (out/'settings.json').write_text(json.dumps(about)); before = stamps(out)
+    code, said, _ = here(capsys, made, out, '--json')
+    assert code == 0 and stamps(out) == before and all(r.reference() is None for r in load_results(out))

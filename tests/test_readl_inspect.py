@@ -68,14 +68,23 @@ RESPONSES = {   # name of the image -> response, truncated, problem, has reasoni
     'html': (f'<think>A crack {EVIL} is at the top.</think><answer>Yes</answer>', False, '', True),
     'fine': ('<think>A crack is at the top.</think><answer>Yes</answer>', False, '', True)}
 
+BOXES = {   # name of the image -> response with a reference, boxes in pixels of the image (the model sees a square of 420), what is wrong with them
+    'found': (f"<think>The second has a crack.</think><answer>Yes. {{'bbox_2d': [0, 210, 420, 420], 'label': '{EVIL}'}}</answer>", [[0, HEIGHT // 2, WIDTH, HEIGHT]], ''),
+    'normal': ('<think>Both are even.</think><answer>No</answer>', [], ''),
+    'odd': ("<think>A crack.</think><answer>Yes. {'bbox_2d': [1, 2, 3]}, {'bbox_2d': [400, 0, 900, 420], 'label': 'hole'}</answer>", [[round(400 / 420 * WIDTH), 0, WIDTH, HEIGHT]], 'box 1 cannot be read'),
+    'own': ('<think>Both are even.</think><answer>Yes</answer>', [], 'the answer is Yes and has no box')}
+
 @pytest.fixture(scope='session')
 def runs(tmp_path_factory):
     "Every process of this file, [name] -> (Popen, folder); they load the model side by side."
     folder = tmp_path_factory.mktemp('inspect'); inputs = {}
-    for name in ('good', 'bad', 'only', 'said', 'nothing', 'bert'): (folder/name).mkdir(); inputs[name] = folder/name
+    for name in ('good', 'bad', 'only', 'said', 'nothing', 'bert', 'pairs', 'normals'): (folder/name).mkdir(); inputs[name] = folder/name
     sizes, reasons = write_good(inputs['good']), write_bad(inputs['bad']); write_bad(inputs['only'])
     for name in RESPONSES: Image.effect_noise((WIDTH, HEIGHT), 50).save(inputs['said']/f'{name}.png')
     (folder/'texts.json').write_text(json.dumps([RESPONSES[name][:2] for name in sorted(RESPONSES)]))
+    for name in BOXES: Image.effect_noise((WIDTH, HEIGHT), 50).save(inputs['pairs']/f'{name}.png')
+    Image.effect_noise((131, 77), 50).save(inputs['normals']/'one.png'); shutil.copy(inputs['pairs']/'own.png', inputs['normals']); (inputs['normals']/'broken.png').write_text('hello')
+    (folder/'boxes.json').write_text(json.dumps([(BOXES[name][0], False) for name in sorted(BOXES)]))
     (inputs['bert']/'config.json').write_text('{"model_type": "bert"}'); (inputs['nothing']/'readme.txt').touch()
     one = str(inputs['said']/'fine.png')
     arguments = {
@@ -83,7 +92,8 @@ def runs(tmp_path_factory):
         'bad': [*COMMAND, 'only'],
         'model': [*COMMAND, one, '--model', 'bert'],
         'question': [*COMMAND, one, '--question', 'What is in this picture?'],
-        'scripted': [sys.executable, '-c', SCRIPTED, 'texts.json', 'said', '--json', '--batch-size', '3']}
+        'scripted': [sys.executable, '-c', SCRIPTED, 'texts.json', 'said', '--json', '--batch-size', '3'],
+        'compared': [sys.executable, '-c', SCRIPTED, 'boxes.json', 'pairs', 'bad', '--reference', 'normals', '--json', '--batch-size', '3']}
     environment = os.environ | {'PYTHONIOENCODING': 'utf8'}
     processes = {name: subprocess.Popen([*words, '--out', f'out_{name}'], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf8')
                  for name, words in arguments.items()}
@@ -220,3 +230,39 @@ def test_help_and_mistakes_import_nothing_heavy():
         code = ('import sys\nfrom readl_nb.commands import readl_inspect\ntry: readl_inspect(sys.argv[1:])\nexcept SystemExit: pass\n'
                 'print([name for name in ("torch", "transformers", "matplotlib", "scipy") if name in sys.modules])')
         assert subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True).stdout.splitlines()[-1] == '[]'
+
+# --- with a reference ---
+
+def test_each_image_beside_the_best_aligned_normal_image_but_never_itself(runs):
+    out, error, code = runs['compared']
+    assert code == 0, error
+    records = {Path(record['path']).stem: record for record in map(json.loads, out.splitlines())}
+    assert set(records) == set(BOXES) and 'Traceback' not in error and 'Warning' not in error
+    assert {Path(record['reference']).name for record in records.values()} <= {'one.png', 'own.png'} and Path(records['own']['reference']).name == 'one.png'
+    for name, (_, boxes, problem) in BOXES.items():
+        record = records[name]
+        assert list(record) == KEYS + ['reference', 'boxes', 'box_problems'] and [box['bbox_2d'] for box in record['boxes']] == boxes
+        assert problem in ' '.join(record['box_problems']) and bool(record['box_problems']) == bool(problem or name == 'odd')
+        assert np.load(runs['folder']/record['map_path']).shape == (HEIGHT, WIDTH), 'the map lies over the image, not over the reference'
+    said = messages(error)
+    assert sum('broken.png' in line and 'no reference' in line for line in said) == 1
+    assert all(any(line.startswith(f'bad/{name}: ') for line in said) for name in runs['reasons'])
+
+def test_page_with_references_is_complete_and_escaped(runs):
+    folder = runs['folder']/'out_compared'; page = Page((folder/'index.html').read_text(encoding='utf8'))
+    assert not page.handlers and 'script' not in page.tags and page.tags.count('article') == len(BOXES) and EVIL in page.text
+    pictures = [address for address in page.addresses if address.endswith('.jpg')]
+    assert len(pictures) == 3 * len(BOXES) and all((folder/unquote(address)).is_file() for address in page.addresses)
+    plain, drawn = (np.asarray(Image.open(folder/'pictures'/f'{name}_image.jpg').convert('RGB')).astype(int) for name in ('normal', 'found'))
+    assert (drawn[..., 0] - drawn[..., 1]).max() > 150 > 60 > (plain[..., 0] - plain[..., 1]).max(), 'the box is drawn in red'
+
+@pytest.mark.parametrize('reference, sentence', [('missing', 'no such file'), ('nothing', 'no image in this folder'), ('bad', 'can be read'), ('bad/notes.png', 'not an image')])
+def test_references_that_cannot_be_used_are_one_sentence(runs, tmp_path, reference, sentence):
+    shutil.copytree(runs['folder']/'bad', tmp_path/'bad'); shutil.copytree(runs['folder']/'nothing', tmp_path/'nothing'); shutil.copy(runs['folder']/'said'/'fine.png', tmp_path)
+    if reference == 'bad':
+        for name in ('dot.png', 'long.png'): (tmp_path/'bad'/name).write_text('hello')   # only too small or too long for the model
+    done = subprocess.run([*COMMAND, 'fine.png', '--reference', reference], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == '' and len(messages(done.stderr)) == 1 and sentence in messages(done.stderr)[0] and 'Traceback' not in done.stderr, done.stderr
+
+def test_wrong_sampling_ends_with_2():
+    assert quick('x.png', '--min-p', '1').returncode == quick('x.png', '--min-p', '-.1').returncode == 2

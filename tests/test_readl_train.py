@@ -184,3 +184,35 @@ def test_wrong_usage_ends_with_2(capsys):
     for wrong in ([], ['--method', 'ppo', '--data', 'd', '--out', 'o'], ['--method', 'r1', '--data', 'd'], ['--method', 'r1', '--data', 'd', '--out', 'o', '--max-steps', '0']):
         with pytest.raises(SystemExit) as stop: readl_train(wrong)
         assert stop.value.code == 2 and 'usage: readl_train' in capsys.readouterr().err
+
+# --- anomaly_r1 ---
+
+def anomaly(out, *more, data='texts'): return ['--method', 'anomaly_r1', '--data', str(data), '--out', str(out), '--device', 'cpu', *map(str, more)]
+
+def test_anomaly_r1_gets_what_the_command_says(tmp_path, capsys, monkeypatch):
+    import readl_nb.anomaly_r1 as anomaly_r1
+    seen = []
+    monkeypatch.setattr(anomaly_r1, 'train_anomaly_r1', lambda *given: seen.append(given) or tmp_path/'run'/'adapter')
+    assert readl_train(anomaly(tmp_path/'run', '--adapter', 'cold', '--max-steps', 8, '--no-contrastive', '--knowledge', '--seed', 3)) == 0
+    data, out, config, model, adapter, device = seen[0]
+    assert (data, out, model, adapter, device) == ('texts', str(tmp_path/'run'), 'readl-tiny', 'cold', 'cpu')
+    assert (config.max_steps, config.contrastive, config.knowledge, config.reference, config.reasoning, config.seed, config.opposite) == (8, False, True, True, True, 3, 'masks')
+    assert readl_train(anomaly(tmp_path/'run', '--model', 'another')) == 0
+    assert seen[1][2] == anomaly_r1.AnomalyR1Config() and seen[1][4] is None, 'another model has the settings of the paper'
+    (tmp_path/'mine.yaml').write_text('generations: 4\npenalty: 0.5\n')
+    assert readl_train(anomaly(tmp_path/'run', '--config', tmp_path/'mine.yaml')) == 0
+    assert (seen[2][2].generations, seen[2][2].penalty, seen[2][2].opposite) == (4, .5, 'policy')
+    assert 'the adapter is in' in capsys.readouterr().err
+
+@pytest.mark.parametrize('method, more', [('anomaly_r1', ('--split', 'train')), ('anomaly_r1', ('--categories', 'brick')), ('anomaly_r1', ('--defects', 'hole')), ('cgro', ('--adapter', 'cold')), ('r1', ('--knowledge',)), ('cgro', ('--no-contrastive',))])
+def test_options_of_another_method_end_with_2(tmp_path, capsys, method, more):
+    with pytest.raises(SystemExit) as stop: readl_train(['--method', method, '--data', 'd', '--out', str(tmp_path/'run'), *more])
+    assert stop.value.code == 2 and f'{more[0]} does not go with --method {method}' in capsys.readouterr().err and not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('text, more, sentence', [('', (), 'readl_explain'), ('penlty: 1', (), "did you mean 'penalty'"), ('method: cgro', (), "no setting 'method'"), ('generations: 1', (), 'use 2 or more'), ('max_steps: 7', (), 'a multiple of'),
+                                                  ('', ('--adapter', 'no/such/adapter'), 'no/such/adapter')])
+def test_anomaly_r1_with_bad_input_is_one_sentence(made, tmp_path, capsys, text, more, sentence):
+    (tmp_path/'settings.yaml').write_text(text or 'max_steps: 4\n')
+    code = readl_train(anomaly(tmp_path/'run', '--config', tmp_path/'settings.yaml', *more, data=made/'data'))   # images, no explanations
+    error = capsys.readouterr().err
+    assert code == 1 and sentence in error and error.count('\n') == 1 and not (tmp_path/'run').exists(), error

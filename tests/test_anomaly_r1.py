@@ -1,0 +1,80 @@
+"What has to hold for the reinforcement learning of Anomaly-R1: killed at any moment it goes on as the same run, groups are changed and counted, the switches switch."
+import json, subprocess, sys, time
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset, load_from_disk
+from readl_nb.anomaly_r1 import AnomalyR1Config, train_anomaly_r1
+from readl_nb.boxes import as_dicts, mask_boxes
+from readl_nb.explanations import from_masks
+from readl_nb.samples import CATEGORIES, DEFECTS, generate_sample
+from readl_nb.training import checkpoints, read_metrics
+
+SETTINGS = dict(prompts_per_step=2, mini_batch=1, generations=2, micro_batch=2, max_new_tokens=136, temperature=1.3, learning_rate=1e-3, max_steps=6, save_steps=2, warmup=0., lora_rank=4, opposite='masks')
+CODE = '''
+import json, sys
+from datasets import load_from_disk
+from readl_nb.anomaly_r1 import AnomalyR1Config, train_anomaly_r1
+texts, out, settings = sys.argv[1:]
+train_anomaly_r1(load_from_disk(texts), out, AnomalyR1Config(**json.loads(settings)), device='cpu')
+'''
+
+def explained(folder):
+    "Eight explanations of drawn pictures, half of them with a defect, each with a normal picture of its kind."
+    rows = []
+    for n in range(8):
+        sample, normal = generate_sample(n, CATEGORIES[n // 2], DEFECTS[n // 2] if n % 2 else 'good', severity=.7), generate_sample(900 + n, CATEGORIES[n // 2], 'good')
+        row = dict(path=str(folder/f'{n}.png'), reference=str(folder/f'{n}_normal.png'), label=sample.label, category=sample.category, defect=sample.defect, split='train', image_size=420,
+                   boxes=as_dicts(mask_boxes(np.array(sample.mask), sample.defect)) if sample.label else [])
+        sample.image.save(row['path']); normal.image.save(row['reference']); rows.append(row | dict(text=from_masks(row)))
+    return Dataset.from_list(sorted(rows, key=lambda row: -row['label']))   # the first row tells what a box is
+
+def command(made, out, code=CODE, **changes): return [sys.executable, '-c', code, str(made/'texts'), str(out), json.dumps(SETTINGS | changes)]
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A folder with explanations and a run of three rollouts that nobody disturbed."
+    folder = tmp_path_factory.mktemp('anomaly_r1')
+    explained(folder).save_to_disk(folder/'texts')
+    done = subprocess.run(command(folder, folder/'run'), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder/'said.txt').write_text(done.stderr)
+    return folder
+
+def steps(out): return [{name: value for name, value in line.items() if name != 'seconds'} for line in read_metrics(out)]
+def completions(out): return {path.name: path.read_bytes() for path in (out/'completions').iterdir()}
+
+def test_a_whole_run_leaves_what_it_promises(made):
+    out, told, lines = made/'run', (made/'said.txt').read_text(), steps(made/'run')
+    assert [line['step'] for line in lines] == [2, 4, 6] and sorted(completions(out)) == [f'completions_{n:05}.parquet' for n in (2, 4, 6)]
+    assert {'reward', 'reward/result', 'reward/boxes', 'groups/sampled_equal', 'groups/sampled_reward', 'zero_variance_groups', 'kl', 'loss', 'malformed'} <= lines[0].keys()
+    assert '-> ' in told and told.count('step ') == 3 and sorted(p.name for p in (out/'adapter').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors']
+    table = pd.concat([pd.read_parquet(out/'completions'/name) for name in completions(out)])
+    assert (table['origin'] == 'verified').sum() == 6 and (table['result'][table['origin'] == 'verified'] == 1).all() and set(table['origin']) <= {'sampled', 'verified', 'opposite'}
+    assert all(line['groups/verified'] == 1 for line in lines)
+
+HALF = f'''
+import time, transformers
+whole = transformers.Trainer._save_rng_state
+def half(self, folder): time.sleep(900) if self.state.global_step == 4 else whole(self, folder)
+transformers.Trainer._save_rng_state = half
+{CODE}'''
+
+@pytest.mark.parametrize('code, moment', [(CODE, lambda out: (out/'run.json').exists()), (CODE, lambda out: len(read_metrics(out)) >= 1), (HALF, lambda out: any((out/'checkpoint-4').glob('optimizer.pt')))],
+                         ids=['before a checkpoint', 'within a rollout', 'within a checkpoint'])
+def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path, code, moment):
+    out = tmp_path/'run'
+    process = subprocess.Popen(command(made, out, code, max_steps=600), stderr=subprocess.DEVNULL)
+    deadline = time.time() + 600
+    while not moment(out) and process.poll() is None and time.time() < deadline: time.sleep(.02)
+    process.kill(); killed = process.wait() == -9
+    assert killed and moment(out) and len(read_metrics(out)) < 3
+    train_anomaly_r1(load_from_disk(made/'texts'), out, AnomalyR1Config(**SETTINGS), device='cpu', progress=False)
+    assert steps(out) == steps(made/'run') and completions(out) == completions(made/'run')
+    assert (out/'adapter'/'adapter_model.safetensors').read_bytes() == (made/'run'/'adapter'/'adapter_model.safetensors').read_bytes()
+    assert [path.name for path in checkpoints(out)] == ['checkpoint-4', 'checkpoint-6']
+
+def test_without_contrastive_sampling_groups_stay_as_they_were(made, tmp_path):
+    train_anomaly_r1(load_from_disk(made/'texts'), tmp_path/'run', AnomalyR1Config(**SETTINGS | dict(contrastive=False, max_steps=2)), device='cpu', progress=False)
+    line, = steps(tmp_path/'run')
+    assert line['groups/sampled_equal'] == line['zero_variance_groups'] and line['groups/verified'] == line['groups/rewritten'] == 0 and abs(line['groups/sampled_reward'] - line['reward']) < 1e-6

@@ -1,0 +1,54 @@
+"Building an index of normal images that is killed in the middle, and what a user is told about a folder that does not fit."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from readl_nb.datasets import labelled
+from readl_nb.references import INDEX, PARTS, ReferenceIndex, filter_bank, pair_references
+
+BUILD = '''
+import sys, time
+import readl_nb.references as references
+references.PART = 8
+def slow(images):
+    time.sleep(.05 * len(images))
+    return references.filter_bank(images)
+slow.name = 'filter_bank'
+references.ReferenceIndex.build(sys.argv[2:], slow, folder=sys.argv[1], sample=(4, 500), restarts=1, progress=False)
+'''
+
+@pytest.fixture(scope='module')
+def normals(root): return [row['path'] for row in labelled(root/'sample_data') if not row['label']]
+
+def test_a_killed_build_goes_on(normals, tmp_path, root, monkeypatch):
+    "kill -9 after the first stored part; the same call finishes it, does not repeat what is there, and finds what an undisturbed build finds"
+    folder = tmp_path/'index'
+    process = subprocess.Popen([sys.executable, '-c', BUILD, folder, *normals], cwd=root)
+    until = time.monotonic() + 300
+    while not list((folder/PARTS).glob('*.safetensors')) and process.poll() is None and time.monotonic() < until: time.sleep(.02)
+    process.send_signal(signal.SIGKILL); process.wait()
+    there = {file: file.stat().st_mtime_ns for file in (folder/PARTS).glob('[0-9]*.safetensors')}
+    assert there and not (folder/INDEX).exists(), 'it was killed too early or too late'
+    seen = []
+    def counted(images): seen.append(len(images)); return filter_bank(images)
+    counted.name = 'filter_bank'
+    monkeypatch.setattr('readl_nb.references.PART', 8)
+    options = dict(sample=(4, 500), restarts=1, progress=False)
+    index = ReferenceIndex.build(normals, counted, folder=folder, **options)
+    assert sum(seen) == len(normals) - 8 * len(there)   # the codebook was there too
+    whole = ReferenceIndex.build(normals, **options)
+    assert index.paths == whole.paths and (index.histograms == whole.histograms).all()
+    assert not (folder/PARTS).exists() and not list(folder.glob('.*.part'))
+
+def test_pairs_are_of_the_same_category_and_never_the_image_itself(root, tmp_path):
+    rows = labelled(root/'sample_data', categories=('metal', 'tile'))
+    category = {os.path.abspath(row['path']): row['category'] for row in rows if not row['label']}
+    for row in pair_references(rows, folder=tmp_path, sample=(4, 500), restarts=1, progress=False):
+        assert row['reference'] != os.path.abspath(row['path']) and category[row['reference']] == row['category']
+
+def test_one_line_for_what_does_not_fit(normals, tmp_path):
+    options = dict(sample=(4, 500), restarts=1, progress=False)
+    ReferenceIndex.build(normals[:4], folder=tmp_path, **options)
+    for wrong in (lambda: ReferenceIndex.build(normals[:5], folder=tmp_path, **options), lambda: ReferenceIndex.build(normals[:4], folder=tmp_path, **options | dict(seed=7)),
+                  lambda: ReferenceIndex.build([], folder=tmp_path), lambda: ReferenceIndex.load(tmp_path/'nowhere'), lambda: ReferenceIndex.load(tmp_path, lambda images: images)):
+        with pytest.raises(ValueError) as error: wrong()
+        assert '\n' not in str(error.value) and len(str(error.value)) < 700
