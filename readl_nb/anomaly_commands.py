@@ -15,7 +15,7 @@ from .commands import at_least, quiet_transformers, say, variable_name
 def explain_parser() -> argparse.ArgumentParser:
     "The parser of `readl_explain`."
     parser = argparse.ArgumentParser('readl_explain', description='Write a verified text with boxes for each image beside a normal one. Stopped at any moment, the same command goes on.',
-        epilog='Exit code: 0 when at least one text stands there, 1 when none does or it had to stop, 2 for wrong usage, 130 when it was interrupted.')
+        epilog='Exit code: 0 when texts stand there and no image is open, 1 when none does, some are open or it had to stop, 2 for wrong usage, 130 when it was interrupted.')
     add = parser.add_argument
     add('--data', required=True, metavar='DIR', help='folder of labelled images with masks, in one of the layouts of readl_datasets list')
     add('--out', required=True, metavar='DIR', help='folder of the texts: explanations.jsonl, rejected.jsonl, statistics.json')
@@ -23,12 +23,19 @@ def explain_parser() -> argparse.ArgumentParser:
     add('--endpoint', metavar='URL', help='ask an OpenAI-compatible server')
     add('--key-variable', type=variable_name, default='OPENAI_API_KEY', metavar='NAME', help='with --endpoint: environment variable that holds the key of the server; none sends no key (default: OPENAI_API_KEY)')
     add('--per-minute', type=at_least(0, float), default=60., metavar='N', help='with --endpoint: requests a minute at most; 0 sets no limit (default: 60)')
+    add('--workers', type=at_least(1, int), default=1, metavar='N', help='with --endpoint: requests at the same time (default: 1)')
+    add('--retries', type=at_least(0, int), default=5, metavar='N', help='with --endpoint: attempts after the first for one request (default: 5)')
+    add('--timeout', type=at_least(.001, float), default=120., metavar='SECONDS', help='with --endpoint: for one request (default: 120)')
+    add('--batch-size', type=at_least(1, int), default=8, metavar='N', help='for a local model: images at once (default: 8)')
     add('--normals', metavar='DIR', help='folder of normal images to compare with (default: those of the data)')
     add('--image-size', type=at_least(28, int), default=420, metavar='N', help='boxes are in pixels of an N x N image (default: 420)')
     add('--split', metavar='S', help='train, test, validation (default: all)')
     add('--categories', nargs='+', metavar='C', help='only these categories')
     add('--limit', type=at_least(1, int), metavar='N', help='only N images')
-    add('--max-tries', type=at_least(1, int), metavar='N', help='attempts for each image')
+    add('--max-tries', type=at_least(1, int), default=3, metavar='N', help='texts for each image at most (default: 3)')
+    add('--max-new-tokens', type=at_least(1, int), default=512, metavar='N', help='length of a text at most, in tokens (default: 512)')
+    add('--temperature', type=at_least(0, float), default=.7, metavar='T', help='from the second try on; the first takes the likeliest words (default: 0.7)')
+    add('--tell-normal', action='store_true', help='tell the model which images are normal, too (default: only defects are told)')
     add('--seed', type=at_least(0, int), default=0, metavar='N', help='of wordings and sampling (default: 0)')
     add('--device', metavar='D', help='for a local model: cpu, cuda, cuda:1 (default: the GPU when there is one)')
     return parser
@@ -41,20 +48,24 @@ def run_explain(
     quiet_transformers()
     import json
     from pathlib import Path
-    from readl_nb.explanations import explain
-    given = dict(max_tries=options.max_tries) if options.max_tries else {}
-    if options.endpoint: given |= dict(key_variable=options.key_variable, per_minute=options.per_minute)
-    out = explain(options.data, options.out, model=options.model, endpoint=options.endpoint, normals=options.normals, image_size=options.image_size, split=options.split,
-                  categories=options.categories, limit=options.limit, device=options.device, seed=options.seed, **given)
+    from readl_nb.explanations import REASONS, explain
+    tell = lambda text: say(text, 'readl_explain')
+    shared = 'image_size', 'split', 'categories', 'limit', 'max_tries', 'max_new_tokens', 'temperature', 'tell_normal', 'device', 'batch_size', 'seed'
+    asking = ('key_variable', 'per_minute', 'workers', 'retries', 'timeout') if options.endpoint else ()
+    out = explain(options.data, options.out, options.model, options.endpoint, options.normals, **{name: getattr(options, name) for name in shared + asking})
     counts = json.loads((Path(out)/'statistics.json').read_text(encoding='utf8'))
-    for reason, n in {**counts['skipped_because'], **counts['reasons']}.items(): n and say(f'{n} times: {reason}', 'readl_explain')
-    say(f"{counts['verified']} of {counts['images']} images have a verified text, {counts['given_up']} were given up, {counts['skipped']} skipped; the texts are in {out}", 'readl_explain')
-    return 0 if counts['verified'] else 1
+    for sentence in counts['references']: tell(sentence)
+    for reason, n in counts['skipped_because'].items(): tell(f'{n} image{"s were" if n > 1 else " was"} skipped: {reason}')
+    for reason, n in counts['reasons'].items(): n and tell(f'{n} text{"s were" if n > 1 else " was"} rejected: {reason} ({REASONS[reason]}), see rejected.jsonl')
+    for reason, n in counts['failed_because'].items(): tell(f'{n} request{"s" if n > 1 else ""} failed: {reason}')
+    tell(f"{counts['verified']} of {counts['images']} images have a verified text, {counts['given_up']} were given up, {counts['skipped']} skipped; the texts are in {out}")
+    if counts['open']: tell(f"{counts['open']} {'are' if counts['open'] > 1 else 'is'} open; the same command goes on")
+    return 0 if counts['verified'] and not counts['open'] else 1
 
 def readl_explain(
     arguments: list[str] | None = None,  # the command line without the program; that of the process when left out
 ) -> int:
-    "Exit code of the command `readl_explain`: 0 when at least one text stands there, else 1, 130 when it was interrupted; wrong usage exits with 2."
+    "Exit code of the command `readl_explain`: 0 when texts stand there and no image is open, else 1, 130 when it was interrupted; wrong usage exits with 2."
     options = explain_parser().parse_args(arguments)
     try: return run_explain(options)
     except KeyboardInterrupt: say(f'interrupted; the same command goes on where it stopped, in {options.out}', 'readl_explain'); return 130

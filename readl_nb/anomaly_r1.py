@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDED', 'KINDS', 'result_reward', 'found_boxes', 'undetected', 'box_penalty', 'ResultReward', 'BoxPenalty',
            'AnomalyR1Config', 'check_anomaly_r1', 'Pairs', 'unusable', 'anomaly_data', 'opposite_hint',
-           'opposite_prompts', 'written_opposites', 'Contrast', 'build_anomaly_trainer', 'check_prompts', 'spoken_to',
+           'opposite_prompts', 'written_opposites', 'Contrast', 'build_anomaly_trainer', 'writer_of', 'check_prompts',
            'train_anomaly_r1']
 
 # %% ../nbs/24_anomaly_r1.ipynb #c003
@@ -14,20 +14,23 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
+import sys
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from tqdm import tqdm
 from trl.data_utils import prepare_multimodal_messages
 
 from .boxes import Box, as_dicts, box_prompt, from_dicts, iou_matrix, knowledge_prompt, read_boxes, write_boxes
 from .datasets import check_classes, with_images
 from .explanations import from_masks, knowledge_of, prompt_of, read_explanations, target_of
 from .grpo import build_trainer, check_common, need_in, spoken
+from .images import show_name
 from .inspection import choice, config_table
-from .models import EMBEDDED, VLM, as_response, end_token_ids, parse_response
+from .models import EMBEDDED, VLM, Prompt, as_response, end_token_ids, parse_response
 from .rewards import accuracy_reward, is_anomalous
 from .training import FittedImages, speaker, train_on
 
@@ -142,34 +145,37 @@ def check_anomaly_r1(
     config,   # an `AnomalyR1Config`
 ) -> None:
     "Nothing, or a `ValueError` naming the choice that cannot be."
-    check_common(config)
     need, several = need_in(config), f'use a multiple of mini_batch {config.mini_batch}'
+    need('warmup', isinstance(config.warmup, (int, float)) and 0 <= config.warmup <= 1, 'use 0 to 1')   # before the steps are counted
+    check_common(config)
     need('mini_batch', config.mini_batch >= 1, 'use 1 or more')
     need('prompts_per_step', config.prompts_per_step % config.mini_batch == 0, several)
     for name in ('max_steps', 'save_steps'):
         need(name, getattr(config, name) % config.updates == 0, f'a rollout of {config.prompts_per_step} prompts serves {config.updates} updates of {config.mini_batch} and is not broken off: use a multiple of {config.updates}')
     for name in ('penalty', 'regenerate', 'weight_decay'): need(name, getattr(config, name) >= 0, 'use 0 or more')
     need('match_at', 0 <= config.match_at < 1, 'use 0 to below 1')
-    need('warmup', 0 <= config.warmup <= 1, 'use 0 to 1')
     need('max_prompt', config.max_prompt >= 1, 'use 1 or more')
     need('opposite', config.opposite in ('policy', 'masks'), "use 'policy' or 'masks'; a stronger model is given to train_anomaly_r1(opposite=...)")
 
 # %% ../nbs/24_anomaly_r1.ipynb #c023
 class Pairs(FittedImages):
     "Reads the pictures of a row, reference and image, into the column images; a row is replaced as a whole when one of them cannot be read."
-    def __init__(self, rows, *given):
-        super().__init__(rows, *given)
-        self.reference = dict(zip(rows['path'], rows['reference']))   # '' where none is shown
-
-    def attempt(self, path):
-        if self.reference.get(path) and super().attempt(self.reference[path]) is None: return None
-        return super().attempt(path)
+    def pair(self, row):
+        "Reference and image, or the image alone where no reference is shown; None when one of them cannot be read."
+        pictures = [self.attempt(path) for path in (row['reference'], row['path']) if path]
+        return None if any(picture is None for picture in pictures) else pictures
 
     def __call__(self, batch):
-        paths = list(batch.get('image', ()))
-        batch = super().__call__(batch)
-        if not paths: return batch
-        batch['images'] = [[self.attempt(reference), image] if reference else [image] for reference, image in zip(batch['reference'], batch.pop('image'))]
+        if 'image' not in batch: return batch
+        batch['images'] = []
+        for n, path in enumerate(batch.pop('image')):   # a path may stand in several rows, with other references
+            row, first = dict(path=path, reference=batch['reference'][n]), self.number[path]
+            same = self.same[self.labels[first]]; at = same.index(first)
+            for other in (row, *(self.rows[place] for place in same[at + 1:] + same[:at + 1])):
+                if pictures := self.pair(other): break
+            else: raise ValueError(f'none of the {len(same)} pairs of pictures with label {self.labels[first]} can be read, as {show_name(path)}')
+            for column in set(other) & set(batch): batch[column][n] = other[column]
+            batch['images'].append(pictures)
         return batch
 
 def unusable(
@@ -178,7 +184,7 @@ def unusable(
 ) -> str:
     "Why nothing can be learnt from a row, in a few words; '' when something can."
     if config.reference and not row.get('reference'): return 'no reference image'
-    if row['image_size'] != config.image_size: return f'boxes for squares of {row["image_size"]} pixels, not of image_size {config.image_size}'
+    if row['image_size'] != config.image_size: return f'boxes for squares of {row["image_size"]} pixels, not of image_size {config.image_size} (set image_size to {row["image_size"]})'
     try: boxes = from_dicts(row['boxes'])
     except ValueError: return 'a box that is none'
     if boxes and not is_anomalous(row['label']): return 'boxes on a normal image'
@@ -200,12 +206,13 @@ def anomaly_data(
     missing = set(NEEDED) - (set() if config.reference else {'reference'}) - set(given.column_names)
     if missing: raise ValueError(f'the explanations have no column {" and ".join(sorted(missing))}; make them with readl_explain')
     known, rows, left_out = knowledge_of(given) if config.knowledge else None, [], Counter()
-    for row in given.select_columns([name for name in NEEDED if name in given.column_names]):
+    for row in tqdm(given.select_columns([name for name in NEEDED if name in given.column_names]), 'explanations', delay=5, file=sys.stderr):
         told = knowledge_prompt(row['category'], known.get(row['category'], ())) if config.knowledge else ''
         row |= dict(verified=target_of(row, config.reasoning), knowledge=told, prompt=spoken(prompt_of(row, config.reference, told)), reference=row.get('reference') or '' if config.reference else '')
         why = unusable(row, config)
         if why: left_out[why] += 1
         else: rows.append({name: value for name, value in row.items() if name not in ('text', 'image_size')})
+    if left_out and not rows: raise ValueError(f'nothing can be learnt from any of the {len(given)} explanations: {left_out.most_common(1)[0][1]} with {left_out.most_common(1)[0][0]}')
     if left_out: say(f'{left_out.total()} of {len(given)} explanations are left out: ' + ', '.join(f'{count} with {why}' for why, count in left_out.most_common()))
     if len(rows) < config.prompts_per_step: raise ValueError(f'{len(rows)} explanations are fewer than the {config.prompts_per_step} of one rollout: lower prompts_per_step or give more')
     rows = Dataset.from_list(rows)
@@ -263,6 +270,12 @@ class Contrast:
         if not ids or len(ids) >= self.config.max_new_tokens or any(self.tokenizer.added_tokens_decoder[i].special for i in special): return None
         return [*ids, self.tokenizer.eos_token_id]
 
+    def place(self, rewards) -> int:
+        "The number of the response of one group that makes room for the verified text: any at random, but not the only wrong one."
+        wrong = [n for n, reward in enumerate(rewards) if reward < 1]
+        free = [n for n in range(len(rewards)) if wrong != [n]]
+        return free[int(torch.randint(len(free), ()))]
+
     def to_rewrite(self, rewards, origin) -> list[int]:
         "Which responses, by number, are to be written again: of each group without a wrong one, some sampled ones at random."
         G, chosen = self.config.generations, []
@@ -275,7 +288,7 @@ def _against(self, trainer, rows):
     "A wrong response (token ids, or None) to each row, by whoever writes them."
     config, prompts = self.config, opposite_prompts(rows, self.config)
     if self.opposite is None and config.opposite == 'masks': texts = written_opposites(rows, config.image_size)
-    elif hasattr(self.opposite, 'answers'): texts = [getattr(answer, 'text', None) for answer in self.opposite.answers([row['images'] for row in rows], config.max_new_tokens, config.temperature, prompts=prompts)] if rows else []
+    elif hasattr(self.opposite, 'answers'): texts = [None if getattr(answer, 'truncated', False) else getattr(answer, 'text', None) for answer in self.opposite.answers([row['images'] for row in rows], config.max_new_tokens, config.temperature, prompts=prompts)] if rows else []
     elif self.opposite: texts = self.opposite(rows, prompts) if rows else []
     else:
         if not any(gather_object([bool(rows)])): return []   # of all processes: generating may need them all
@@ -293,7 +306,7 @@ def _change(self, trainer, rows, ids):
     def put(n, text, name):
         if text is not None: ids[n], origin[n], rewards[n] = text, name, self.reward(rows[n], text)
     if self.config.contrastive:
-        for n in range(0, len(ids), G): put(n + int(torch.randint(G, ())), self.ids_of(rows[n]['verified']), 'verified')
+        for n in range(0, len(ids), G): put(n + self.place(sampled[n:n + G]), self.ids_of(rows[n]['verified']), 'verified')
         again = self.to_rewrite(rewards, origin)
         for n, text in zip(again, self.against(trainer, [rows[n] for n in again]), strict=True): put(n, text, 'opposite')
     trainer._log_completion_extra('origin', origin)
@@ -329,6 +342,14 @@ def build_anomaly_trainer(
     rewards = lambda read: [ResultReward(read), BoxPenalty(read, config)]
     return build_trainer(vlm, dataset, out, config, callbacks, processes, rewards, Contrast(vlm, config, opposite), **more)
 
+def writer_of(
+    opposite,   # as `train_anomaly_r1` takes it
+) -> str:
+    "Who writes wrong responses, for run.json; '' when config.opposite says it."
+    if opposite is None: return ''
+    what = opposite if hasattr(opposite, '__qualname__') else type(opposite)
+    return f"{what.__qualname__} {getattr(opposite, 'name', '')}".strip()
+
 def check_prompts(
     vlm: VLM,
     dataset: Dataset,   # from `anomaly_data`
@@ -337,16 +358,14 @@ def check_prompts(
 ) -> None:
     "Nothing, or a `ValueError`, one line, when a prompt has more tokens than `max_prompt`."
     contrast, longest = Contrast(vlm, config), 0
-    lost = sum(contrast.ids_of(text) is None for text in dataset.with_format(None)['verified']) if config.contrastive else 0
+    texts = tqdm(dataset.with_format(None)['verified'], 'verified texts', delay=5, file=sys.stderr) if config.contrastive else ()
+    lost = sum(contrast.ids_of(text) is None for text in texts)
     if lost: say(f'{lost} of {len(dataset)} verified texts have more than {config.max_new_tokens - 1} tokens (max_new_tokens) or signs of the chat template; their groups get no verified response')
-    for system, question in {(prompt[0]['content'], prompt[1]['content']) for prompt in dataset.with_format(None)['prompt']}:
-        text = vlm.processor.apply_chat_template(spoken_to(system, question, config.images), tokenize=False, add_generation_prompt=True)
+    asked = {(prompt[0]['content'], prompt[1]['content']) for prompt in dataset.with_format(None)['prompt']}
+    for system, question in tqdm(asked, 'prompts', delay=5, file=sys.stderr):
+        text = vlm.processor.apply_chat_template(Prompt(question, system, config.images).messages(), tokenize=False, add_generation_prompt=True)
         longest = max(longest, len(vlm.tokenizer(text)['input_ids']) + config.images * ((config.image_size // 28)**2 - 1))   # one token stands for each picture
     if longest > config.max_prompt: raise ValueError(f'a prompt has {longest} tokens, pictures included, and max_prompt is {config.max_prompt}: raise it, or lower image_size')
-
-def spoken_to(system, question, images):
-    "Chat messages with places for pictures."
-    return prepare_multimodal_messages([{'role': 'system', 'content': system}, {'role': 'user', 'content': question}], images=[None] * images)
 
 # %% ../nbs/24_anomaly_r1.ipynb #c054
 def train_anomaly_r1(
@@ -354,7 +373,7 @@ def train_anomaly_r1(
     out,                       # folder of the run, made when it is not there
     config=AnomalyR1Config(),
     model: str=EMBEDDED,       # as `load_vlm` takes it
-    adapter=None,              # folder of the adapter of a cold start; None begins from the model itself
+    adapter=None,              # folder of a cold start or of its adapter; None begins from the model itself
     device: str | None=None,   # 'cpu', 'cuda', ...; None takes the GPU when there is one, under `accelerate launch` that of the process
     opposite=None,             # who writes wrong responses: function (rows, prompts) -> texts, or an `answers.Endpoint` or `LocalModel`; None: as config.opposite says
     callbacks=(),              # further ones of transformers
@@ -365,4 +384,4 @@ def train_anomaly_r1(
 
     Raises `ValueError`, one line, when it cannot begin or has to stop; what was saved before is kept."""
     return train_on(lambda: anomaly_data(data, config, speaker(PartialState().is_main_process)), out, config, model, device, adapter, partial(build_anomaly_trainer, opposite=opposite),
-                    lambda vlm, dataset: check_prompts(vlm, dataset, config, speaker(PartialState().is_main_process)), callbacks, progress, **more)
+                    lambda vlm, dataset: check_prompts(vlm, dataset, config, speaker(PartialState().is_main_process)), callbacks, progress, writer_of(opposite), **more)

@@ -190,6 +190,7 @@ def read_group(
 ):
     "The image, or the list of images, upright and RGB, or the `Failure` that says why one cannot be read."
     if not isinstance(source, (list, tuple)): return read_or_fail(source)
+    if not source: return Failure('', 'the list holds no image; give as many as the prompt shows')
     read = [read_or_fail(each) for each in source]
     return next((each for each in read if isinstance(each, Failure)), read)
 
@@ -555,7 +556,7 @@ def ask_all(
     with httpx2.Client(timeout=endpoint.timeout, trust_env=not is_local(endpoint.url), follow_redirects=False) as client:
         def one(pair):
             source, prompt = pair
-            image, name = read_group(source), path_of(source[-1] if isinstance(source, (list, tuple)) else source)
+            image, name = read_group(source), path_of(source[-1] if source and isinstance(source, (list, tuple)) else source)
             if isinstance(image, Failure): return image
             if final: return Failure(name, final[0])
             try: return ask_endpoint(endpoint, client, body(image, prompt), key)

@@ -7,7 +7,8 @@ __all__ = ['ONLY', 'at_least', 'share', 'overlap', 'inspect_parser', 'say', 'gat
            'asked_for', 'references_for', 'write_all', 'with_boxes', 'readl_inspect', 'variable_name',
            'evaluate_parser', 'answerer_of', 'is_qwen', 'sbert_of', 'paired', 'run_evaluation', 'measured', 'located',
            'told', 'readl_evaluate', 'datasets_parser', 'layout_list', 'run_datasets', 'readl_datasets', 'stage_fields',
-           'pretrain_parser', 'readl_pretrain', 'train_parser', 'train_options', 'train_config', 'readl_train']
+           'pretrain_parser', 'run_pretraining', 'readl_pretrain', 'train_parser', 'train_options', 'train_config',
+           'readl_train']
 
 # %% ../nbs/30_commands.ipynb #c003
 import argparse
@@ -442,9 +443,12 @@ def stage_fields(
 # %% ../nbs/30_commands.ipynb #c057
 def pretrain_parser() -> argparse.ArgumentParser:
     "The parser of `readl_pretrain`."
-    parser = argparse.ArgumentParser('readl_pretrain', description='Train readl-tiny from nothing on generated images. Stopped at any moment, the same command goes on from the last saved state.')
+    parser = argparse.ArgumentParser('readl_pretrain', description='Train readl-tiny from nothing on generated images, or with --boxes teach it to write boxes. Stopped at any moment, the same command goes on from the last saved state.')
     add = parser.add_argument
-    add('--out', default='runs/readl-tiny', metavar='DIR', help='folder of the training: state.pt, log.jsonl and at the end model/ (default: runs/readl-tiny)')
+    add('--out', metavar='DIR', help='folder of the training: state.pt, log.jsonl and at the end model/ (default: runs/readl-tiny, with --boxes runs/readl-tiny-boxes)')
+    add('--boxes', action='store_true', help='teach readl-tiny to write boxes, as readl-tiny-boxes was')
+    add('--steps', type=at_least(1, int), metavar='N', help='with --boxes: steps (default: those of the recipe)')
+    add('--images', type=at_least(1, int), metavar='N', help='with --boxes: generated images, each seen under four flips (default: those of the recipe)')
     add('--stages', nargs='+', type=stage_fields, metavar='STAGE', help='LESSON:STEPS:IMAGES[:rest], lessons close, mixed, single; :rest keeps the vision layers as they are (default: those of the shipped model)')
     add('--lr', type=at_least(0, float), metavar='R', help='learning rate after warm-up')
     add('--seed', type=at_least(0, int), default=0, metavar='N', help='of the weights and the images (default: 0)')
@@ -455,22 +459,34 @@ def pretrain_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/30_commands.ipynb #c058
+def run_pretraining(
+    options: argparse.Namespace,  # from `pretrain_parser`
+):
+    "The folder of the trained model."
+    given = {name: value for name in ('lr', 'seed', 'steps', 'images') if (value := getattr(options, name)) is not None}
+    common = dict(device=options.device, workers=options.workers, save_every=options.save_every, stop_at=options.stop_at)
+    if options.boxes:
+        from readl_nb.box_pretraining import BoxPretrainConfig, pretrain_boxes
+        return pretrain_boxes(options.out or 'runs/readl-tiny-boxes', BoxPretrainConfig(**given), **common)
+    from readl_nb.pretraining import PretrainConfig, Stage, pretrain
+    if options.stages: given['stages'] = tuple(Stage(*stage) for stage in options.stages)
+    return pretrain(options.out or 'runs/readl-tiny', PretrainConfig(**given), **common)
+
+# %% ../nbs/30_commands.ipynb #c059
 def readl_pretrain(
     arguments: list[str] | None = None,  # the command line without the program; that of the process when left out
 ) -> int:
     "Exit code of the command `readl_pretrain`: 0 when the training ended or reached --stop-at, 1 when it could not; wrong usage exits with 2."
-    options = pretrain_parser().parse_args(arguments)
-    try:
-        from readl_nb.pretraining import PretrainConfig, Stage, pretrain
-        given = {'stages': options.stages and tuple(Stage(*stage) for stage in options.stages), 'lr': options.lr, 'seed': options.seed}
-        config = PretrainConfig(**{key: value for key, value in given.items() if value is not None})
-        model = pretrain(options.out, config, options.device, options.workers, save_every=options.save_every, stop_at=options.stop_at)
+    parser = pretrain_parser(); options = parser.parse_args(arguments)
+    foreign = ['--stages'] * (options.boxes and options.stages is not None) + [f'--{name}' for name in ('steps', 'images') if not options.boxes and getattr(options, name) is not None]
+    if foreign: parser.error(f"{foreign[0]} {'does not go with' if options.boxes else 'needs'} --boxes")
+    try: model = run_pretraining(options)
     except KeyboardInterrupt: say('interrupted; the same command goes on from the last saved state', 'readl_pretrain'); return 130
     except (AssertionError, OSError, RuntimeError, ValueError) as error: say(' '.join(str(error).split())[:300], 'readl_pretrain'); return 1
     say(f'the model is in {model}', 'readl_pretrain')
     return 0
 
-# %% ../nbs/30_commands.ipynb #c062
+# %% ../nbs/30_commands.ipynb #c063
 def train_parser() -> argparse.ArgumentParser:
     "The parser of `readl_train`."
     parser = argparse.ArgumentParser('readl_train', description='Train an adapter of a vision-language model by GRPO: with image-level labels only, or on texts with boxes. Stopped at any moment, the same command goes on from the last checkpoint.',
@@ -480,7 +496,7 @@ def train_parser() -> argparse.ArgumentParser:
     add('--data', required=True, metavar='DIR', help="folder of labelled images (MVTec layout, imagefolder, readl_nb's samples), or elpv; for anomaly_r1 the folder that readl_explain wrote")
     add('--out', required=True, metavar='DIR', help='folder of the run: metrics.jsonl, completions, checkpoints, adapter')
     add('--model', default='readl-tiny', metavar='M', help='a Qwen2.5-VL: folder or hub name (default: the embedded readl-tiny)')
-    add('--adapter', metavar='A', help='anomaly_r1: adapter of a cold start to begin from; the result holds both')
+    add('--adapter', metavar='A', help='anomaly_r1: adapter or run folder of a cold start to begin from; the result holds both')
     add('--config', metavar='FILE', help='YAML with settings, or the name of one in readl_nb/launch (default for models of this package: readl_tiny; for others: those of the paper)')
     add('--max-steps', type=at_least(1, int), metavar='N', help='steps in all; a larger number goes on with a finished run')
     add('--save-steps', type=at_least(1, int), metavar='N', help='steps between checkpoints')
@@ -509,7 +525,7 @@ def train_options(
             parser.error(f'{flag} does not go with --method {options.method}' + ('; choose when the explanations are made, with readl_explain' if name in ONLY['others'] else ''))
     return options
 
-# %% ../nbs/30_commands.ipynb #c063
+# %% ../nbs/30_commands.ipynb #c064
 def train_config(
     options: argparse.Namespace,  # parsed arguments
 ):
@@ -526,7 +542,7 @@ def train_config(
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return kind(**(read_settings(file, kind) if file else {}) | given)
 
-# %% ../nbs/30_commands.ipynb #c064
+# %% ../nbs/30_commands.ipynb #c065
 def readl_train(
     arguments: list[str] | None = None,  # the command line without the program; that of the process when left out
 ) -> int:

@@ -627,7 +627,7 @@ def true_boxes(
     item,             # a `Result` or the row of a dataset
     size: tuple,      # (width, height) of its image
 ) -> list[tuple]:
-    "('true', box) of each: of the column `boxes`, given for squares of `image_size` pixels, or of the connected parts of the mask; none where neither is known."
+    "('true', box) of each: of the column `boxes`, given for squares of `image_size` pixels, or of the connected parts of the mask, not joined as `boxes.defect_boxes` joins them; none where neither is known."
     record = item.record if isinstance(item, Result) else item
     if isinstance(item, dict) and item.get('boxes') is not None:
         scale = [side / (item.get('image_size') or 420) for side in (*size, *size)]

@@ -235,11 +235,12 @@ def rewards_of(
 class GroupTrainer(GRPOTrainer):
     "TRL's trainer, in which groups of responses can be changed after sampling, stay together, and are averaged by their tokens."
     groups, rows = None, ()   # function (trainer, rows, completion ids) -> completion ids, or None; the rows being answered, one a response
+    group_mean = False        # whether the loss is the mean over the tokens of each group; `build_trainer` says so
 
     def _generate_and_score_completions(self, inputs):
         self.rows = inputs
         made = super()._generate_and_score_completions(inputs)
-        if self.args.loss_type == 'dr_grpo': made['tool_mask'] = self.weights(made['completion_mask'])   # TRL's factor of the mask in the loss
+        if self.group_mean: made['tool_mask'] = self.weights(made['completion_mask'])   # TRL's factor of the mask in the loss
         return made
 
     def weights(self, mask):
@@ -290,7 +291,7 @@ def build_trainer(
     never = dict(logit_bias={token: -100. for token in visual}) if config.use_vllm else dict(suppress_tokens=visual)   # vLLM knows no suppress_tokens
     trainer = GroupTrainer(vlm.model, parts, arguments(config, out, processes, **(dict(generation_kwargs=never) | more)), dataset,
                           processing_class=vlm.processor, peft_config=lora_config(config), callbacks=list(callbacks))
-    trainer.groups = groups
+    trainer.groups, trainer.group_mean = groups, config.loss == trainer.args.loss_type == 'dr_grpo'
     each_image_once(trainer.model)
     if evidence: evidence.vlm = replace(vlm, model=trainer.model, image_size=None)   # TRL shows images as they are
     if evidence and config.method == 'cgro' and config.evidence == 'decoding': evidence.watch(trainer.model)

@@ -202,7 +202,7 @@ def parse_response(text:str, # what the model wrote; untrusted
                   ) -> Parsed:
     "The reasoning and the answer of a response, and the name of what is wrong with its form"
     span = _reasoning_span(text); think = text[slice(*span)] if span else None
-    found = re.compile(r'<answer>\s*(yes|no)\b\s*(?:[.,:]\s*)?(?:[\[{]|</answer>|$)', re.I).search(text, span[1] if span else 0) # not inside the reasoning
+    found = re.compile(r'<answer>\s*(yes|no)\b\s*(?:[.,:]\s*)?(?:\[?\{[\'\"]bbox_2d\b|</answer>|$)', re.I).search(text, span[1] if span else 0) # not inside the reasoning
     answer = found[1].capitalize() if found else None
     return Parsed(think, answer, span, found.start(1) if found else None, _problem(text, think, answer, truncated))
 

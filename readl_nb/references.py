@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'GAIN', 'DISTANCES', 'PART', 'BATCH', 'INDEX', 'PARTS', 'EXTRA', 'squares', 'gabor_kernels', 'filter_bank',
-           'as_patches', 'codebook', 'histograms_naive', 'histograms', 'kl_naive', 'check_histograms',
-           'block_divergences', 'check_ignore', 'alignment', 'alignment_naive', 'own_terms', 'best', 'nearest_rows',
-           'feature_name', 'content_digest', 'fingerprint', 'read_small', 'draw_patches', 'describe', 'pack', 'unpack',
-           'describe_all', 'ReferenceIndex', 'build_index', 'begin', 'kept_codebook', 'save_index', 'load_index',
-           'describe_queries', 'nearest_described', 'nearest_many', 'nearest', 'normals_from', 'normal_pools',
+           'as_patches', 'codebook', 'histograms', 'check_histograms', 'block_divergences', 'check_ignore', 'alignment',
+           'negative_entropy', 'smallest_scores', 'nearest_rows', 'feature_name', 'content_digest', 'fingerprint',
+           'read_small', 'draw_patches', 'describe', 'pack_index', 'unpack_index', 'describe_all', 'ReferenceIndex',
+           'alone', 'is_complete', 'kept_codebook', 'save_index', 'stored_paths', 'describe_queries',
+           'nearest_described', 'nearest_many', 'nearest', 'unlabelled', 'normals_from', 'normal_pools',
            'describe_rows', 'cache_folder', 'pair_category', 'pair_references', 'reference_problems',
            'from_torchvision', 'from_timm', 'torch_features']
 
@@ -20,7 +20,7 @@ import os
 import shutil
 import warnings
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -37,9 +37,9 @@ from sklearn.exceptions import ConvergenceWarning
 from tqdm.auto import tqdm
 
 from .datasets import labelled, shortened
-from .images import BadImage, find_images, one_line, read_image, show_name
+from .images import SUFFIXES, BadImage, find_images, one_line, read_image, show_name
 from .inspection import Failure
-from .layouts import inside
+from .layouts import inside, nearest as nearest_layout, recognise
 from .reports import as_json, safe_name, write_atomic
 
 # %% ../nbs/21_references.ipynb #c007
@@ -123,22 +123,6 @@ def codebook(
         warnings.simplefilter('ignore', ConvergenceWarning)   # a flat image has fewer different patches than clusters
         return KMeans(clusters, n_init=restarts, random_state=seed).fit(points).cluster_centers_.astype(np.float32)
 
-# %% ../nbs/21_references.ipynb #c018
-def histograms_naive(
-    feature_maps,    # [N, h, w, C]
-    centres,         # [clusters, C]
-    grid: int=5,     # S, blocks along each side
-):
-    "Histograms float64 [N, grid * grid, clusters], patch by patch: the yardstick for `histograms`."
-    N, h, w, _ = np.shape(feature_maps)
-    counts = np.zeros((N, grid * grid, len(centres)))
-    for i in range(N):
-        for y in range(h):
-            for x in range(w):
-                distances = [np.sum((feature_maps[i][y][x] - centre)**2) for centre in centres]
-                counts[i, (y * grid // h) * grid + x * grid // w, np.argmin(distances)] += 1
-    return counts / counts.sum(-1, keepdims=True)
-
 # %% ../nbs/21_references.ipynb #c022
 def histograms(
     feature_maps,                # [N, h, w, C], h and w at least `grid`
@@ -159,16 +143,6 @@ def histograms(
     bins = (np.arange(N)[:, None] * grid**2 + block.ravel()).ravel() * len(centres) + kinds
     counts = np.bincount(bins, minlength=N * grid**2 * len(centres)).reshape(N, grid**2, len(centres))
     return (counts / counts.sum(-1, keepdims=True)).astype(np.float32)
-
-# %% ../nbs/21_references.ipynb #c026
-def kl_naive(
-    p,                       # [clusters] histogram of the normal block
-    q,                       # [clusters] histogram of the input's block
-    smoothing: float=.01,    # added to every bin before both are made to sum to 1 again
-):
-    "KL(p || q) in nats, one block, bin by bin: the yardstick for `block_divergences`."
-    total = 1 + len(p) * smoothing
-    return sum((a + smoothing) / total * np.log((a + smoothing) / (b + smoothing)) for a, b in zip(p, q) if a + smoothing > 0)
 
 # %% ../nbs/21_references.ipynb #c029
 def check_histograms(H, h, smoothing):
@@ -207,21 +181,8 @@ def alignment(
     if not ignore: return divergences.mean(-1)
     return np.partition(divergences, kept - 1, axis=-1)[..., :kept].mean(-1)
 
-def alignment_naive(
-    H,                       # [N, blocks, clusters]
-    h,                       # [blocks, clusters]
-    smoothing: float=.01,    # of empty bins
-    ignore: int=5,           # tau
-):
-    "D_align of each image, [N], one block after the other: the yardstick."
-    scores = []
-    for normal in H:
-        ordered = sorted(kl_naive(p, q, smoothing) for p, q in zip(normal, h))
-        scores.append(sum(ordered[:len(ordered) - ignore]) / (len(ordered) - ignore))
-    return np.array(scores)
-
-# %% ../nbs/21_references.ipynb #c036
-def own_terms(
+# %% ../nbs/21_references.ipynb #c037
+def negative_entropy(
     H,                        # [N, blocks, clusters]
     smoothing: float=.01,     # of empty bins
 ):
@@ -232,7 +193,7 @@ def own_terms(
         terms[:, start:start + 4096] = (p * np.log(p)).sum(-1)
     return terms
 
-def best(
+def smallest_scores(
     rows,        # [M, n] numbers of candidates
     scores,      # [M, n] their scores
     k: int,      # how many to keep
@@ -244,14 +205,14 @@ def best(
     order = np.lexsort((rows, scores), axis=1)[:, :k]
     return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
-# %% ../nbs/21_references.ipynb #c037
+# %% ../nbs/21_references.ipynb #c038
 def nearest_rows(
     H,                         # [N, blocks, clusters] histograms of normal images
     queries,                   # [M, blocks, clusters] histograms of inputs
     k: int=10,                 # K, neighbours of each input
     smoothing: float=.01,      # of empty bins
     ignore: int=5,             # tau
-    own=None,                  # `own_terms(H, smoothing)`, when many calls share them
+    entropy=None,              # `negative_entropy(H, smoothing)`, when many calls share it
     piece: int=2**14,          # pairs of input and normal image compared at once: bounds the memory
 ):
     """The `k` best aligned normal images of each input: numbers int64 [M, k] and D_align float32 [M, k] (fewer when N < k).
@@ -259,22 +220,22 @@ def nearest_rows(
     Raises `ValueError`, one line, for shapes or settings that do not fit. Source: MMR-AD, Appendix B, Eq. 5 and 6."""
     check_histograms(H, queries, smoothing); check_ignore(ignore, H.shape[1])
     N, blocks, clusters = H.shape
-    total, own = 1 + clusters * smoothing, own_terms(H, smoothing) if own is None else own
+    total, entropy = 1 + clusters * smoothing, negative_entropy(H, smoothing) if entropy is None else entropy
     P, found = H.transpose(1, 2, 0), []   # [blocks, clusters, N]: the product runs along N
     for first in range(0, len(queries), 32):
         logs = np.log((queries[first:first + 32].transpose(1, 0, 2) + np.float32(smoothing)) / np.float32(total))   # [blocks, M, clusters]
         rest, top, step = smoothing * logs.sum(-1, keepdims=True), None, max(1, piece // logs.shape[1])
         for start in range(0, N, step):
             cross = np.matmul(logs, P[..., start:start + step])   # [blocks, M, n]
-            D = own[:, None, start:start + step] - (cross + rest) / np.float32(total)
+            D = entropy[:, None, start:start + step] - (cross + rest) / np.float32(total)
             scores = np.maximum(alignment(np.ascontiguousarray(D.transpose(1, 2, 0)), ignore), 0)
-            new = best(np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape), scores, k)
-            top = new if top is None else best(*map(lambda a, b: np.concatenate([a, b], 1), top, new), k)
+            new = smallest_scores(np.broadcast_to(np.arange(start, start + scores.shape[1]), scores.shape), scores, k)
+            top = new if top is None else smallest_scores(*map(lambda a, b: np.concatenate([a, b], 1), top, new), k)
         found.append(top)
     if not found: return np.zeros((0, min(k, N)), np.int64), np.zeros((0, min(k, N)), np.float32)
     return tuple(np.concatenate(parts) for parts in zip(*found))
 
-# %% ../nbs/21_references.ipynb #c046
+# %% ../nbs/21_references.ipynb #c047
 PART, BATCH = 128, 16   # images a stored part, and images whose features are computed together
 
 def feature_name(
@@ -300,7 +261,7 @@ def fingerprint(
         found.update(f'{os.fspath(path)}\0{state}\0'.encode('utf8', 'surrogateescape'))
     return found.hexdigest()
 
-# %% ../nbs/21_references.ipynb #c047
+# %% ../nbs/21_references.ipynb #c048
 def read_small(
     path,         # a file
     size: int,    # pixels, both sides of the square that is kept
@@ -331,7 +292,7 @@ def draw_patches(
     if not drawn: raise BadImage(problem.name, f'this is one of {len(order[:images])} normal images and none can be read ({problem.reason})', 'give normal images that can be read')
     return np.concatenate(drawn)
 
-# %% ../nbs/21_references.ipynb #c048
+# %% ../nbs/21_references.ipynb #c049
 def describe(
     paths,                       # files, at most a part of them
     centres,                     # [clusters, C] of `codebook`
@@ -351,15 +312,15 @@ def describe(
     return dict(histograms=np.concatenate(found), places=np.array(places, np.int64), sizes=np.array(sizes, np.int64).reshape(-1, 2),
                 digests=np.array(digests, np.uint8).reshape(-1, 32)), problems
 
-def pack(
+def pack_index(
     arrays: dict,   # name -> array
     about,          # anything JSON can hold
 ) -> bytes:
     "One safetensors file; `about` lies in it as text, so that both are there or neither."
     return save({name: np.ascontiguousarray(array) for name, array in arrays.items()} | dict(about=np.frombuffer(as_json(about).encode(), np.uint8)))
 
-def unpack(
-    file,   # what `pack` made
+def unpack_index(
+    file,   # what `pack_index` made
 ):
     "Arrays and `about`.\n\nRaises `ValueError`, one line, for a file of something else."
     try:
@@ -368,7 +329,7 @@ def unpack(
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f'{show_name(file)}: this is no stored index ({one_line(error, 120)}); build it again') from None
 
-# %% ../nbs/21_references.ipynb #c050
+# %% ../nbs/21_references.ipynb #c051
 def describe_all(
     paths,                       # files
     centres,                     # [clusters, C]
@@ -383,17 +344,17 @@ def describe_all(
     with tqdm(total=len(paths), desc='histograms', unit='image', disable=not progress, leave=False) as bar:
         for start in range(0, max(len(paths), 1), PART):
             some, file = paths[start:start + PART], folder and Path(folder)/f'{start // PART:06d}.safetensors'
-            try: part, said = unpack(file) if file and file.is_file() else (None, None)
+            try: part, said = unpack_index(file) if file and file.is_file() else (None, None)
             except ValueError: part = None
             if part is None:
                 part, said = describe(some, centres, features, grid, distance)
                 if file:
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomic(file, lambda opened: opened.write(pack(part, said)))
+                    write_atomic(file, lambda opened: opened.write(pack_index(part, said)))
             parts.append(part | dict(places=part['places'] + start)); problems |= said; bar.update(len(some))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, problems
 
-# %% ../nbs/21_references.ipynb #c052
+# %% ../nbs/21_references.ipynb #c053
 @dataclass(eq=False)
 class ReferenceIndex:
     "Histograms of normal images, ready to be compared. Make one with `ReferenceIndex.build(paths)` or `ReferenceIndex.load(folder)`."
@@ -414,24 +375,40 @@ class ReferenceIndex:
 
     def __post_init__(self):
         self.histograms = np.ascontiguousarray(self.histograms.transpose(1, 2, 0)).transpose(2, 0, 1)
-        self._own = None, None
+        self._entropy = None, None
 
-    def own(self):
-        "`own_terms`, computed again only when the smoothing changed."
-        if self._own[0] != self.smoothing: self._own = self.smoothing, own_terms(self.histograms, self.smoothing)
-        return self._own[1]
+    def entropy(self):
+        "`negative_entropy`, computed again only when the smoothing changed."
+        if self._entropy[0] != self.smoothing: self._entropy = self.smoothing, negative_entropy(self.histograms, self.smoothing)
+        return self._entropy[1]
 
-    build = classmethod(lambda cls, *args, **options: build_index(*args, **options))
-    load = classmethod(lambda cls, *args, **options: load_index(*args, **options))
     def save(self, folder): return save_index(self, folder)
     def nearest(self, query, k=10): return nearest(self, query, k)
     def nearest_many(self, queries, k=10): return nearest_many(self, queries, k)
 
-# %% ../nbs/21_references.ipynb #c053
+# %% ../nbs/21_references.ipynb #c054
 INDEX, PARTS = 'index.safetensors', 'parts'
 
-def build_index(
-    paths,                       # files of normal images
+@contextmanager
+def alone(
+    folder,   # of an index, or None
+):
+    "Nobody else builds in the folder meanwhile. Who finds somebody there says so once and waits."
+    if folder is None: yield; return
+    try: Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError): raise ValueError(f'{show_name(folder)}: this is a file, or lies below one; give a folder for the index') from None
+    lock = FileLock(Path(folder)/'.lock')
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        tqdm.write(f'{show_name(folder)}: another process builds this index; waiting for it')
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
+# %% ../nbs/21_references.ipynb #c055
+def _build(
+    cls,
+    paths,                       # of normal images: files, or what `find_images` takes: a folder, a pattern, one file
     features=filter_bank,        # from PIL images to [B, h, w, C]: `filter_bank`, `torch_features(...)` or any function
     folder=None,                 # where the index and its finished parts are kept; None keeps nothing
     clusters: int=12,            # N_c
@@ -447,27 +424,29 @@ def build_index(
     """The index of the normal images; with `folder` it goes on after an interruption, and is only read when it is complete.
 
     Raises `ValueError`, one line: no image, none that can be read, a folder with the index of other images or settings. Source: MMR-AD, Appendix B."""
+    if isinstance(paths, (str, os.PathLike)): paths = find_images(paths)
     paths = list(dict.fromkeys(os.path.abspath(path) for path in paths))
     if not paths: raise ValueError('there is no normal image to choose a reference from; give at least one')
     settings = dict(features=feature_name(features), clusters=clusters, grid=grid, distance=distance, sample=list(sample), restarts=restarts, seed=seed, files=fingerprint(paths))
     check_ignore(ignore, grid**2)
-    if folder: Path(folder).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(folder)/'.lock') if folder else nullcontext():   # a second process waits, and then reads what the first has built
-        if folder and begin(Path(folder), settings): return load_index(folder, features, smoothing=smoothing, ignore=ignore)
+    with alone(folder):   # a second process waits, and then reads what the first has built
+        if folder and is_complete(Path(folder), settings): return cls.load(folder, features, smoothing=smoothing, ignore=ignore)
         centres = kept_codebook(folder) if folder else None
         if centres is None:
             centres = codebook(draw_patches(paths, features, *sample, seed, progress), clusters, seed, restarts=restarts, distance=distance)
-            if folder: write_atomic(Path(folder)/'codebook.safetensors', lambda file: file.write(pack(dict(codebook=centres), settings)))
+            if folder: write_atomic(Path(folder)/'codebook.safetensors', lambda file: file.write(pack_index(dict(codebook=centres), settings)))
         found, problems = describe_all(paths, centres, features, grid, distance, folder and Path(folder)/PARTS, progress)
         if not len(found['places']): raise BadImage(paths[0], f'this is one of {len(paths)} normal images and none can be read', 'give normal images that can be read')
         first = np.sort(np.unique(found['digests'], axis=0, return_index=True)[1])   # of each picture, in the order of the files
-        index = ReferenceIndex([paths[place] for place in found['places'][first]], found['histograms'][first], found['digests'][first], found['sizes'][first], centres,
-                               settings, problems, len(found['places']) - len(first), smoothing, ignore, features)
-        if folder: save_index(index, folder)
+        index = cls([paths[place] for place in found['places'][first]], found['histograms'][first], found['digests'][first], found['sizes'][first], centres,
+                    settings, problems, len(found['places']) - len(first), smoothing, ignore, features)
+        if folder: index.save(folder)
         return index
 
-# %% ../nbs/21_references.ipynb #c054
-def begin(
+ReferenceIndex.build = classmethod(_build)
+
+# %% ../nbs/21_references.ipynb #c056
+def is_complete(
     folder: Path,     # of an index
     settings: dict,   # of the index that is wanted
 ) -> bool:
@@ -477,7 +456,7 @@ def begin(
     except FileNotFoundError: there = None
     except (OSError, ValueError): there = {}
     if there is None:
-        if (folder/INDEX).exists(): there = unpack(folder/INDEX)[1].get('settings')   # put there by `save`
+        if (folder/INDEX).exists(): there = unpack_index(folder/INDEX)[1].get('settings')   # put there by `save`
         else:
             write_atomic(file, lambda opened: opened.write(as_json(settings, indent=1).encode()))
             return False
@@ -490,10 +469,10 @@ def kept_codebook(
     folder,   # of an index that is being built
 ):
     "The codebook an interrupted build left, or None."
-    try: return unpack(Path(folder)/'codebook.safetensors')[0]['codebook']
+    try: return unpack_index(Path(folder)/'codebook.safetensors')[0]['codebook']
     except (ValueError, KeyError): return None
 
-# %% ../nbs/21_references.ipynb #c055
+# %% ../nbs/21_references.ipynb #c057
 def save_index(
     index: ReferenceIndex,   # to be stored
     folder,                  # made when it is not there
@@ -504,26 +483,39 @@ def save_index(
     about = dict(settings=index.settings, root=root, names=[os.path.relpath(path, root) for path in index.paths], problems=index.problems,
                  duplicates=index.duplicates, smoothing=index.smoothing, ignore=index.ignore)
     arrays = dict(histograms=index.histograms.transpose(1, 2, 0), digests=index.digests, sizes=index.sizes, codebook=index.codebook)
-    write_atomic(folder/INDEX, lambda file: file.write(pack(arrays, about)))
+    write_atomic(folder/INDEX, lambda file: file.write(pack_index(arrays, about)))
     shutil.rmtree(folder/PARTS, ignore_errors=True)   # what they held is in the index now
     return folder/INDEX
 
-def load_index(
+# %% ../nbs/21_references.ipynb #c058
+def stored_paths(
+    names,         # of an index file; untrusted
+    root: str,     # the folder they have to lie in
+    where: str,    # the file, for the message
+) -> list[str]:
+    "The names below `root`.\n\nRaises `ValueError`, one line, for anything but a relative name of a picture below it."
+    for name in names:
+        if not isinstance(name, str) or os.path.isabs(name) or Path(name).suffix.lower() not in SUFFIXES:
+            raise ValueError(f'{where}: {show_name(str(name))!r} is not the relative name of a picture; build the index again')
+    return [inside(root, name, where) for name in names]
+
+def _load(
+    cls,
     folder,                          # of a stored index
     features=None,                   # as when it was built; None: the filter bank, when it was built with that
-    root=None,                       # where the images are now, when they were moved
+    root=None,                       # the folder of the images; needed when they were moved, and wise when the index comes from others; None: as stored
     smoothing: float | None=None,    # of empty bins; None: as stored
     ignore: int | None=None,         # tau; None: as stored
 ) -> ReferenceIndex:
-    "The stored index.\n\nRaises `ValueError`, one line: no index, a damaged one, or other features than it was built with."
+    "The stored index.\n\nRaises `ValueError`, one line: no index, a damaged one, names that lead outside `root`, or other features than it was built with."
     file = Path(folder)/INDEX
     if not file.is_file(): raise ValueError(f'{show_name(folder)}: there is no complete index in this folder; build it with ReferenceIndex.build(paths, folder=...)')
-    arrays, about = unpack(file)
+    arrays, about = unpack_index(file)
     try:
-        settings, root = about['settings'], str(root or about['root'])
-        paths = [inside(root, name, show_name(file)) for name in about['names']]
+        settings, paths = about['settings'], stored_paths(about['names'], os.path.abspath(str(root or about['root'])), show_name(file))
         parts = [arrays['histograms'].transpose(2, 0, 1), arrays['digests'], arrays['sizes'], arrays['codebook']]
         fits = all(len(part) == len(paths) for part in parts[:3]) and parts[0].shape[1:] == (settings['grid']**2, len(parts[3])) and parts[1].shape[1:] == (32,)
+        fits = fits and all(np.isfinite(part).all() for part in (parts[0], parts[3])) and (parts[0] >= 0).all()
         rest = [dict(about['problems']), int(about['duplicates']), float(about['smoothing'] if smoothing is None else smoothing), int(about['ignore'] if ignore is None else ignore)]
     except (KeyError, TypeError, AttributeError): fits = False
     if not fits: raise ValueError(f'{show_name(file)}: the parts of this index do not fit each other; build it again')
@@ -531,9 +523,11 @@ def load_index(
     if features is None and stored == feature_name(filter_bank): features = filter_bank
     if features is not None and feature_name(features) != stored:
         raise ValueError(f'{show_name(file)}: this index was built with the features {one_line(stored, 80)!r}, not {one_line(feature_name(features), 80)!r}; give the same, or build another index')
-    return ReferenceIndex(paths, *parts, settings, *rest, features)
+    return cls(paths, *parts, settings, *rest, features)
 
-# %% ../nbs/21_references.ipynb #c057
+ReferenceIndex.load = classmethod(_load)
+
+# %% ../nbs/21_references.ipynb #c060
 def describe_queries(
     index: ReferenceIndex,   # what is asked
     queries,                 # paths, images, or histograms
@@ -555,11 +549,11 @@ def nearest_described(
     k: int,                  # K
 ) -> list:
     "[(number in the index, D_align)] for each described query, at most `k`, its own picture left out."
-    rows, scores = nearest_rows(index.histograms, found['histograms'], k + 1, index.smoothing, index.ignore, index.own())
+    rows, scores = nearest_rows(index.histograms, found['histograms'], k + 1, index.smoothing, index.ignore, index.entropy())
     same = (index.digests[rows] == found['digests'][:, None]).all(-1)   # each picture is in the index once, so one more than k is enough
     return [[(int(row), float(score)) for row, score, own in zip(*line) if not own][:k] for line in zip(rows, scores, same)]
 
-# %% ../nbs/21_references.ipynb #c058
+# %% ../nbs/21_references.ipynb #c061
 def nearest_many(
     index: ReferenceIndex,   # what is asked
     queries,                 # paths and PIL images, or histograms [M, blocks, clusters]
@@ -580,28 +574,36 @@ def nearest(
     if not (isinstance(query, np.ndarray) and query.shape == index.histograms.shape[1:]): query = read_image(query)
     return nearest_many(index, [query], k)[0]
 
-# %% ../nbs/21_references.ipynb #c083
+# %% ../nbs/21_references.ipynb #c086
+def unlabelled(
+    normals,   # a folder, file or pattern
+) -> bool:
+    "Whether nothing says which of its images are defective: no folder, or one that is not even like a known layout."
+    if not os.path.isdir(normals): return True
+    try: recognise(normals); return False
+    except ValueError: return nearest_layout(normals).startswith('it is no known layout')
+
 def normals_from(
     normals,             # a folder, or a dataset with path, label and category
     categories: set,     # that are asked for
 ) -> list[tuple]:
     """(category, path) of its normal images; category '' serves every category.
 
-    A folder with labels gives its normal images; of any other folder every image counts as normal. Raises `ValueError`, one line, when there is none."""
-    found = None
+    A folder with labels gives its normal images; only of a folder in no known layout, not even a damaged one, every image counts as normal. Raises `ValueError`, one line, when there is
+    none, and for a folder whose layout is known and whose labels cannot be read: a defective image must never pass for a normal one."""
+    name = 'the dataset'
     if isinstance(normals, (str, os.PathLike)):
-        try: rows = labelled(normals)
-        except ValueError: rows = None   # no layout that we know
-    else: rows = normals.with_format(None)
-    if rows is not None: found = [(category, path) for category, path, label in zip(rows['category'], rows['path'], rows['label']) if not label]
-    if not found and isinstance(normals, (str, os.PathLike)):
-        paths = [(Path(os.path.relpath(path, normals)).parts[0], str(path)) for path in find_images(normals)]
-        return [(first if first in categories else '', path) for first, path in paths]
-    if not found: raise ValueError('there is no normal image in the dataset to choose references from; give normals=, a folder or a dataset with normal images')
+        name = show_name(normals)
+        if unlabelled(normals):
+            paths = [(Path(os.path.relpath(path, normals)).parts[0], str(path)) for path in find_images(normals)]
+            return [(first if first in categories else '', path) for first, path in paths]
+    rows = labelled(normals) if isinstance(normals, (str, os.PathLike)) else normals.with_format(None)
+    found = [(category, path) for category, path, label in zip(rows['category'], rows['path'], rows['label']) if not label]
+    if not found: raise ValueError(f'there is no normal image in {name} to choose references from; give normals=, a folder or a dataset with normal images')
     only = {category for category, _ in found}
     return [('', path) for _, path in found] if len(only) == 1 and not only & categories else found
 
-# %% ../nbs/21_references.ipynb #c084
+# %% ../nbs/21_references.ipynb #c087
 def normal_pools(
     rows: Dataset,     # with path, label and category, and perhaps split
     normals=None,      # a folder, a dataset, or None for the normal images of `rows`
@@ -619,7 +621,7 @@ def normal_pools(
         for category, paths in of.items(): pools[category].append(paths)
     return dict(pools)
 
-# %% ../nbs/21_references.ipynb #c086
+# %% ../nbs/21_references.ipynb #c089
 def describe_rows(
     index: ReferenceIndex,   # just built
     paths: list,             # files that ask; some may be in the index
@@ -640,7 +642,7 @@ def cache_folder(
     folder,           # where indexes are kept, or None
     category: str,    # untrusted
     pool: list,       # candidates
-    options: dict,    # of `build_index`
+    options: dict,    # of `ReferenceIndex.build`
 ):
     "A folder for just these candidates and options below `folder`, or None."
     if folder is None: return None
@@ -648,7 +650,7 @@ def cache_folder(
     key = f'{fingerprint(pool)} {feature_name(options.get("features", filter_bank))} {sorted(made_with.items())}'
     return Path(folder)/f'{safe_name(category)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}'
 
-# %% ../nbs/21_references.ipynb #c087
+# %% ../nbs/21_references.ipynb #c090
 def pair_category(
     category: str,          # its name, for messages; untrusted
     paths: list,            # files that ask, of this category
@@ -656,7 +658,7 @@ def pair_category(
     k: int=1,               # references of each
     folder=None,            # indexes and finished parts are kept below it
     progress: bool=True,    # show bars
-    **options,              # of `build_index`
+    **options,              # of `ReferenceIndex.build`
 ):
     "For each file its references (paths, [] for none), sentences that count, and a sentence for each file that could not be read."
     found, counted, files, other_size = [[] for _ in paths], [], {}, 0
@@ -665,7 +667,7 @@ def pair_category(
         todo = [i for i in range(len(paths)) if not found[i] and paths[i] not in files]
         if not todo: break
         kept = cache_folder(folder, category, pool, options)
-        try: index = build_index(pool, folder=kept, progress=progress, **options)
+        try: index = ReferenceIndex.build(pool, folder=kept, progress=progress, **options)
         except BadImage as error: counted.append(str(error)); continue
         asked = [paths[i] for i in todo]
         described, failures = describe_rows(index, asked, kept and kept/f'queries-{fingerprint(asked)[:16]}', progress)
@@ -679,14 +681,14 @@ def pair_category(
         counted.append(f'{none} of {len(paths)} images of {shown} get no reference, because there is no other normal image of this category; add normal images')
     return found, counted, [f'{show_name(path)}: {reason}' for path, reason in files.items()]
 
-# %% ../nbs/21_references.ipynb #c088
+# %% ../nbs/21_references.ipynb #c091
 def pair_references(
     rows: Dataset,           # of `labelled`: path, label, category, and perhaps split
     normals=None,            # a folder or a dataset of normal images; None: those of `rows`, split 'train' first
     k: int=1,                # references of each row
     folder=None,             # indexes are kept here, and a second call goes on with them; may be deleted at any time
     progress: bool=True,     # show bars
-    **options,               # of `build_index`: features, clusters, grid, distance, smoothing, ignore, sample, restarts, seed
+    **options,               # of `ReferenceIndex.build`: features, clusters, grid, distance, smoothing, ignore, sample, restarts, seed
 ) -> Dataset:
     """The same rows with a column `reference`: the path of the best aligned normal image of the same category, '' for none; with k > 1 also `references`, a list.
 
@@ -714,7 +716,7 @@ def reference_problems(
     "One sentence for each thing that went wrong, [] when nothing did."
     return dataset.info.description.splitlines()
 
-# %% ../nbs/21_references.ipynb #c096
+# %% ../nbs/21_references.ipynb #c099
 EXTRA = 'pip install "readl_nb[baselines]"'
 
 def from_torchvision(
@@ -751,14 +753,14 @@ def from_timm(
     config = getattr(model, 'pretrained_cfg', None) or model.default_cfg
     return model, name, file, config['mean'], config['std']
 
-# %% ../nbs/21_references.ipynb #c097
+# %% ../nbs/21_references.ipynb #c100
 def torch_features(
     weights=None,            # None: EfficientNet-Lite0 of its package; or a name such as 'resnet18' or 'torchvision/resnet18', or a file named after its network
     layer: int=1,            # 0 the first convolution, 1 the first stage
     size: int=SIZE,          # pixels, both sides of what the network sees
     device: str='cpu',       # where it runs
 ):
-    """A function from PIL images to features float32 [B, h, w, C]: the first layer of a pretrained network, for `build_index` and `pair_references`.
+    """A function from PIL images to features float32 [B, h, w, C]: the first layer of a pretrained network, for `ReferenceIndex.build` and `pair_references`.
 
     Raises `ValueError`, one line: neither timm nor torchvision, no such network, weights of another one. Source: MMR-AD, Appendix B (ResNet-18)."""
     if layer not in (0, 1): raise ValueError(f'layer is {one_line(layer, 60)}; use 0 for the first convolution or 1 for the first stage')

@@ -10,7 +10,7 @@ __all__ = ['RECORD', 'METRICS', 'ADAPTER', 'SEAL', 'FREE', 'UNFINISHED', 'NAMES'
            'RunRecorder', 'Checked', 'without_known_warnings', 'check_sampling', 'trainer_for', 'Preflight',
            'shortened', 'dry_run', 'free_memory', 'estimate', 'needed_disk', 'preflight', 'speaker', 'lora_factors',
            'stack_adapters', 'same_adapter', 'save_adapter', 'go', 'open_run', 'closing', 'run', 'device_of',
-           'starting_model', 'train_on', 'train']
+           'starting_model', 'adapter_in', 'train_on', 'train']
 
 # %% ../nbs/08d_training.ipynb #c002
 import errno
@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections import OrderedDict
@@ -146,7 +147,7 @@ def training_data(
     check_classes(rows)
     if len(rows) < config.prompts_per_step:
         raise ValueError(f'{len(rows)} images are fewer than the {config.prompts_per_step} of one step: lower prompts_per_step or give more images')
-    rows = rows.remove_columns([name for name in ('prompt', 'mask', 'split', 'explanation') if name in rows.column_names])   # a training takes the label alone
+    rows = rows.remove_columns([name for name in ('prompt', 'mask', 'split', 'explanation', 'reference', 'references') if name in rows.column_names])   # a training takes the label alone
     rows = rows.add_column('prompt', [conversation(config)] * len(rows))
     return with_images(rows, reader=lambda *given: FittedImages(*given, config.image_size, 4 * config.prompts_per_step))
 
@@ -175,13 +176,16 @@ FREE = ('max_steps', 'save_steps')   # may change while a run goes on
 UNFINISHED = 'it is unfinished'      # of a checkpoint that was being written when the run was stopped
 
 def fingerprint(
-    dataset: Dataset,   # with the columns path, label, category and defect; boxes and verified where a training learns from them
+    dataset: Dataset,   # with the columns path, label, category and defect; boxes, verified and reference where a training learns from them
 ) -> dict:
-    "What a dataset is: how many images, how many with a defect, and a hash over file names, labels, categories, kinds, boxes and verified texts."
+    "What a dataset is: how many images, how many with a defect, and a hash over file names, labels, categories, kinds, boxes and verified texts; one more over the names of references."
     paths = [os.path.abspath(path) for path in dataset['path']]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    rows = list(zip([Path(os.path.relpath(path, root)).as_posix() for path in paths], *(dataset[name] for name in ('label', 'category', 'defect', 'boxes', 'verified') if name in dataset.column_names)))
-    return dict(images=len(rows), anomalous=sum(dataset['label']), sha256=hashlib.sha256(json.dumps(rows).encode('utf8', 'backslashreplace')).hexdigest())
+    within = lambda path: Path(os.path.relpath(path, root)).as_posix()
+    hashed = lambda found: hashlib.sha256(json.dumps(found).encode('utf8', 'backslashreplace')).hexdigest()
+    references = [path and within(path) for path in dataset['reference']] if 'reference' in dataset.column_names else []
+    rows = list(zip(map(within, paths), *(dataset[name] for name in ('label', 'category', 'defect', 'boxes', 'verified') if name in dataset.column_names)))
+    return dict(images=len(rows), anomalous=sum(dataset['label']), sha256=hashed(rows)) | (dict(references_sha256=hashed(references)) if any(references) else {})
 
 def record_of(
     config: CGROConfig,   # or the settings of another training
@@ -189,6 +193,7 @@ def record_of(
     dataset: Dataset,
     processes: int = 1,
     adapter=None,         # folder of the one that the training begins from, or None
+    opposites: str = '',  # who writes wrong responses, where that is not among the settings
 ) -> dict:
     "What run.json says about a run."
     def installed(name):
@@ -198,6 +203,7 @@ def record_of(
     record = dict(method=config.method, model=model if model == EMBEDDED or not os.path.isdir(model) else os.path.abspath(model), data=fingerprint(dataset),
                   config=asdict(config) | {name: getattr(config, name) for name in ('warmup_steps',) if hasattr(config, name)}, processes=processes, versions={name: installed(name) for name in packages})
     if adapter: record |= dict(adapter=str(adapter), adapter_sha256=digest(Path(adapter)/'adapter_model.safetensors'))
+    if opposites: record |= dict(opposites=opposites)
     return json.loads(json.dumps(record))
 
 # %% ../nbs/08d_training.ipynb #c021
@@ -208,10 +214,11 @@ def difference(
     "The first thing in which two runs differ, as 'seed is 1 there and 0 here'; '' when they are the same run."
     def facts(record):
         config = dict(record['config'])
-        flat = dict(model=record['model'], processes=record['processes'], adapter=record.get('adapter_sha256')) | {f'{name} of the data': value for name, value in record['data'].items()}
-        return flat | {name: value for name, value in config.items() if name not in FREE and name != 'real'} | {f'real.{name}': value for name, value in config.get('real', {}).items()}
+        flat = dict(method=record['method'], model=record['model'], processes=record['processes'], adapter=record.get('adapter_sha256'), opposites=record.get('opposites')) | {f'{name} of the data': value for name, value in record['data'].items()}
+        return flat | {name: value for name, value in config.items() if name not in (*FREE, 'method', 'real')} | {f'real.{name}': value for name, value in config.get('real', {}).items()}
     here, there = facts(here), facts(there)
     for name in here:
+        if name == 'references_sha256 of the data' and name not in there: continue   # a run begun before references were written down
         old, new = there.get(name), here[name]
         if old != new: return f'the {name} differs' if 'sha256' in name or name == 'adapter' else f'{name} is {one_line(json.dumps(old), 80)} there and {one_line(json.dumps(new), 80)} here'
     return ''
@@ -227,7 +234,7 @@ def check_run_folder(
     if not out.is_dir(): raise ValueError(f'{name}: this is a file; {mend}')
     found = sorted(path.name for path in out.iterdir() if not re.fullmatch(r'\..*part', path.name))
     if RECORD not in found:
-        if found: raise ValueError(f'{name}: it holds {show_name(found[0], 80)!r} and no run of readl_train; {mend}')
+        if found: raise ValueError(f'{name}: it holds {show_name(found[0], 80)!r} and no run of a training; {mend}')
         return
     try: there = json.loads((out/RECORD).read_text(encoding='utf8')); differs = difference(record, there)
     except (OSError, ValueError, KeyError, TypeError, AttributeError): raise ValueError(f'{name}: its {RECORD} cannot be read as that of a run; {mend}') from None
@@ -475,7 +482,8 @@ def check_sampling(
 ) -> None:
     "Nothing, or a `ValueError`, one line, when processes would wait for each other for ever."
     if split and processes > 1 and not config.use_vllm:
-        raise ValueError('under FSDP let vLLM sample (use_vllm: true, evidence: pass): otherwise a process that ends first leaves the others waiting')
+        evidence = ', evidence: pass' * ('evidence' in {field.name for field in fields(config)})
+        raise ValueError(f'under FSDP let vLLM sample (use_vllm: true{evidence}): otherwise a process that ends first leaves the others waiting')
 
 # %% ../nbs/08d_training.ipynb #c048
 def trainer_for(
@@ -619,12 +627,13 @@ def speaker(
 def lora_factors(
     folder,   # of an adapter saved by PEFT
 ) -> tuple:
-    "Name of a layer -> (A, B times the scale of the adapter), and adapter_config.json. Raises `ValueError`, one line, for anything but plain LoRA."
+    "Name of a layer -> (A, B times the scale of the adapter), float32, and adapter_config.json. Raises `ValueError`, one line, for anything but plain LoRA."
     folder = Path(folder)
+    if not (folder/'adapter_config.json').is_file(): raise ValueError(f'{show_name(folder)}: it holds no adapter; give a folder saved by PEFT, as safetensors, or that of a training that has ended')
     try:
         about = json.loads((folder/'adapter_config.json').read_text(encoding='utf8'))
-        with safe_open(folder/'adapter_model.safetensors', 'pt') as file: weights = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error: raise ValueError(f'{show_name(folder)}: it holds no adapter ({one_line(str(error), 80)}); give a folder saved by PEFT, as safetensors') from None
+        with safe_open(folder/'adapter_model.safetensors', 'pt') as file: weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    except Exception as error: raise ValueError(f'{show_name(folder)}: its adapter cannot be read ({one_line(str(error), 80)}); give a folder saved by PEFT, as safetensors') from None
     odd = [name for name in ('use_dora', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'modules_to_save') if about.get(name)] + [name for name in weights if not re.search(r'lora_[AB]\.weight$', name)]
     if about.get('peft_type') != 'LORA' or odd: raise ValueError(f'{show_name(folder)}: it is no plain LoRA ({one_line((odd or [about.get("peft_type")])[0], 80)}); give one with A and B alone')
     scale, names = about['lora_alpha'] / about['r'], {name.rpartition('.lora_')[0] for name in weights}
@@ -640,18 +649,24 @@ def stack_adapters(
     for name in sorted({name for each in factors for name in each}):
         wide, high = next((b.shape[0], a.shape[1]) for each in factors if name in each for a, b in [each[name]])
         parts = [each.get(name, (torch.zeros(r, high), torch.zeros(wide, r))) for each, r in zip(factors, ranks)]
-        both[f'{name}.lora_A.weight'] = torch.cat([a.float() for a, _ in parts]).contiguous()
-        both[f'{name}.lora_B.weight'] = torch.cat([b.float() for _, b in parts], 1).contiguous()
+        both[f'{name}.lora_A.weight'] = torch.cat([a for a, _ in parts]).contiguous()
+        both[f'{name}.lora_B.weight'] = torch.cat([b for _, b in parts], 1).contiguous()
     targets = '|'.join(dict.fromkeys(f'({t})' for about in abouts for t in [about['target_modules'] if isinstance(about['target_modules'], str) else r'(.*\.)?(' + '|'.join(map(re.escape, sorted(about['target_modules']))) + ')']))
     save_file(both, Path(out)/'adapter_model.safetensors', metadata={'format': 'pt'})
     about = abouts[-1] | dict(r=sum(ranks), lora_alpha=sum(ranks), target_modules=targets, inference_mode=True)
     (Path(out)/'adapter_config.json').write_text(as_json(about, indent=2), encoding='utf8')
 
 # %% ../nbs/08d_training.ipynb #c060
-def same_adapter(adapter, checkpoint) -> bool:
-    "Whether the adapter is that of the checkpoint."
+def same_adapter(
+    adapter,      # folder of a finished one
+    checkpoint,   # folder of a checkpoint
+    start=None,   # folder of the adapter that the training began from, as for `save_adapter`
+) -> bool:
+    "Whether the adapter is what `save_adapter` would make of the checkpoint."
     file = Path(adapter)/'adapter_model.safetensors'
-    return file.exists() and digest(file) == digest(Path(checkpoint)/file.name)
+    if not file.exists() or not (file.parent/'adapter_config.json').exists(): return False
+    if not start: return digest(file) == digest(Path(checkpoint)/file.name)
+    with tempfile.TemporaryDirectory() as folder: stack_adapters([start, checkpoint], folder); return digest(file) == digest(Path(folder)/file.name)
 
 def save_adapter(
     out,          # folder of the run
@@ -685,7 +700,8 @@ def go(
     try: trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if isinstance(error, MemoryError) or 'out of memory' in str(error).lower():
-            raise ValueError('not enough memory for a step; lower micro_batch, generations or max_new_tokens or set gradient_checkpointing, and begin in a new folder') from None
+            lower = 'micro_batch, generations or max_new_tokens' if hasattr(getattr(trainer, 'args', None), 'num_generations') else 'micro_batch'
+            raise ValueError(f'not enough memory for a step; lower {lower} or set gradient_checkpointing, and begin in a new folder') from None
         partial = [folder for folder in checkpoints(out) if not (folder/SEAL).exists()]
         full = isinstance(error, OSError) and error.errno in DISK
         if not partial and not full: raise
@@ -759,11 +775,23 @@ def starting_model(
     device,       # a torch device
     config,
 ) -> VLM:
-    "The model to be trained, with the adapter merged into its weights."
-    vlm = load_vlm(model, adapter and str(adapter), device=str(device), image_size=config.image_size)
+    "The model to be trained, with the adapter merged into its weights, in float32 then: in bfloat16 small changes would be lost."
+    vlm = load_vlm(model, adapter and str(adapter), str(device), torch.float32 if adapter else None, config.image_size)
     return replace(vlm, model=vlm.model.merge_and_unload()) if adapter else vlm
 
-# %% ../nbs/08d_training.ipynb #c071
+def adapter_in(
+    folder,   # of an adapter, or of a run: then the one that it ended with
+) -> Path:
+    "The folder of the adapter. Raises `ValueError`, one line, for one that a training cannot begin from."
+    folder = Path(adapter_path(str(folder)))
+    if not (folder/'adapter_config.json').exists() and (folder/ADAPTER).is_dir(): folder = folder/ADAPTER
+    lora_factors(folder)
+    return folder
+
+# %% ../nbs/08d_training.ipynb #c074
+#| export
+
+# %% ../nbs/08d_training.ipynb #c075
 @without_known_warnings()
 def train_on(
     dataset,              # function () -> the images as the trainer wants them, as `training_data` gives them
@@ -771,11 +799,12 @@ def train_on(
     config,               # a `CGROConfig`, or the settings of another training by GRPO
     model: str=EMBEDDED,  # as `load_vlm` takes it
     device: str | None=None,   # as for `train`
-    adapter=None,         # folder of an adapter to begin from, as that of a cold start
+    adapter=None,         # folder of an adapter to begin from, as that of a cold start, or of the run that made it
     build=build_trainer,  # makes the trainer
     check=None,           # function (vlm, dataset): raises `ValueError` for what cannot be trained
     callbacks=(),         # further ones of transformers
     progress: bool=True,  # bar and one line a step on standard error
+    opposites: str='',    # who writes wrong responses, for run.json, where the settings do not say it
     **more,               # further fields of `trl.GRPOConfig`
 ) -> Path:
     "The folder OUT/adapter, after training or going on with what is in `out`: what every training by GRPO here has in common. Raises as `train` does."
@@ -785,9 +814,9 @@ def train_on(
     state = PartialState(cpu=more['use_cpu'])
     processes, say = state.num_processes, speaker(state.is_main_process)
     arguments(config, out, processes, **more)   # its own sentence when a step does not divide
-    if adapter: adapter = Path(adapter_path(str(adapter))); lora_factors(adapter)
+    if adapter: adapter = adapter_in(adapter)
     images = dataset()
-    record = record_of(config, model, images, processes, adapter)
+    record = record_of(config, model, images, processes, adapter, opposites)
     checkpoint, broken = begin_from(out, record)
     unfinished = not checkpoint or step_of(checkpoint) < config.max_steps
     if unfinished: vlm = starting_model(model, adapter, device, config)
@@ -796,13 +825,14 @@ def train_on(
     if state.is_main_process and (unfinished or broken): open_run(out, record, checkpoint, broken, say)
     state.wait_for_everyone()
     if unfinished: run(vlm, images, out, config, checkpoint, callbacks, processes, say, progress, build, more); checkpoint = last_whole(out)[0]
-    elif (out/ADAPTER).exists(): say(f'{show_name(out)} has its {step_of(checkpoint)} steps already: nothing to do; a larger max_steps goes on')
-    whole = adapter and not unfinished and (out/ADAPTER/'adapter_config.json').exists()   # of two adapters, made before
-    if state.is_main_process and not whole and not same_adapter(out/ADAPTER, checkpoint): save_adapter(out, checkpoint, model, adapter)
+    if state.is_main_process:
+        same = same_adapter(out/ADAPTER, checkpoint, adapter)
+        if not same: save_adapter(out, checkpoint, model, adapter)
+        if not unfinished: say(f"{show_name(out)} has its {step_of(checkpoint)} steps already: {'nothing to do' if same else 'its adapter is made again'}; a larger max_steps goes on")
     state.wait_for_everyone()
     return out/ADAPTER
 
-# %% ../nbs/08d_training.ipynb #c072
+# %% ../nbs/08d_training.ipynb #c076
 def train(
     data,                      # a folder or 'elpv', as `labelled` takes it, or what `labelled` gave
     out,                       # folder of the run, made when it is not there

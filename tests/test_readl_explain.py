@@ -1,5 +1,5 @@
 "What has to hold for `readl_explain` as a user runs it: killed or left by its server, it goes on and asks nothing twice; bad input is one sentence."
-import json, shutil, subprocess, sys, threading, time
+import json, re, shutil, subprocess, sys, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -103,6 +103,33 @@ def test_server_gets_both_pictures_and_never_the_key_in_a_file(data, tmp_path, c
     assert asked and all(json.dumps(body).count('data:image/png;base64,') == 2 for body in asked)
     assert b'sk-Contract' not in b''.join(contents(tmp_path).values())
 
+def test_refused_requests_get_one_more_turn_and_then_stay_open(data, tmp_path, capsys):
+    out = tmp_path/'texts'
+    refuse = lambda n, body: (400, 'no such picture') if n in (2, 7) else (200, NORMAL)   # the second image, and once more in its second turn
+    with serving(refuse) as (url, asked): code, said = here(capsys, *endpoint(data, out, url), '--max-tries', 1, '--limit', 6)
+    assert code == 1 and '1 is open; the same command goes on' in said and '2 requests failed: ' in said and 'no such picture' in said and len(asked) == 7, said
+    assert 'rejected: answer (Yes for a normal image, or No for a defective one), see rejected.jsonl' in said
+    assert [json.loads(line)['reason'].count('(400)') for line in (out/'failed.jsonl').read_text().splitlines()] == [1, 1] and json.loads((out/'statistics.json').read_text())['open'] == 1
+    with serving(lambda n, body: (200, NORMAL)) as (url, asked): code, said = here(capsys, *endpoint(data, out, url), '--max-tries', 1, '--limit', 6)
+    assert code == 0 and len(asked) == 1 and 'open' not in said, said
+
+def truth(n, body):
+    "What the strong model would say that is told the truth: the boxes of its hint."
+    marks = [dict(bbox_2d=[int(value) for value in found[2].split(',')], label=found[1]) for found in re.finditer(r'([a-z ]+) at \[([\d, ]+)\]', body['messages'][-1]['content'][-1]['text'].partition(': ')[2])]
+    if not marks: return 200, NORMAL
+    return 200, f"<think>In the second image something is wrong at {' and '.join(str(mark['bbox_2d']) for mark in marks)}.</think>\n<answer>Yes. {', '.join(str(mark | dict(label=mark['label'].strip())) for mark in marks)}</answer>"
+
+def test_defect_in_the_last_column_and_row(data, tmp_path, capsys):
+    "Its box ends at the edge of the square, from the masks and through a server."
+    shutil.copytree(data/'brick', tmp_path/'data'/'brick')
+    for number, path in enumerate(sorted((tmp_path/'data').rglob('*mask*.png'))):
+        size = Image.open(path).size; mask = Image.new('L', size)
+        mask.paste(255, (size[0] - 1, 0, size[0], 9) if number % 2 else (0, size[1] - 1, 9, size[1])); mask.save(path)
+    with serving(truth) as (url, asked):
+        for out, more in (('masks', ()), ('served', endpoint('', '', url)[4:])):
+            code, said = here(capsys, '--data', tmp_path/'data', '--out', tmp_path/out, *more, '--image-size', 84); assert code == 0 and '13 of 13' in said, said
+            ends = {max(row['boxes'][0]['bbox_2d']) for row in read_explanations(tmp_path/out) if row['label']}; assert ends == {84}
+
 # --- bad input ---
 
 def no_normals(folder):
@@ -111,12 +138,27 @@ def no_normals(folder):
 def test_category_without_a_normal_image_is_counted(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path/'data'); no_normals(tmp_path)
     code, said = here(capsys, '--data', tmp_path/'data', '--out', tmp_path/'texts')
-    assert code == 0 and '7 times: there is no normal image of the category' in said and '7 skipped' in said, said
+    assert code == 0 and '7 images were skipped: there is no normal image of the category' in said and '7 of 7 images of' in said and '7 skipped' in said, said
 
 def test_unreadable_image_is_counted_and_the_others_go_on(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path/'data'); bad = tmp_path/'data'/'brick'/'test'/'hole'/'000.jpg'; bad.write_bytes(bad.read_bytes()[:999])
     code, said = here(capsys, '--data', tmp_path/'data', '--out', tmp_path/'texts')
     assert code == 0 and '25 of 26' in said and '1 skipped' in said, said
+
+def test_unreadable_reference_skips_its_rows(data, tmp_path, capsys):
+    shutil.copytree(data/'brick', tmp_path/'data'/'brick')
+    assert here(capsys, '--data', tmp_path/'data', '--out', tmp_path/'texts', '--limit', 1)[0] == 0   # references are chosen now
+    references = sorted((tmp_path/'data').rglob('train/good/*'))
+    for path in references[1:]: path.write_bytes(path.read_bytes()[:999])
+    for more in ((), ('--endpoint', 'URL', '--model', 'm', '--key-variable', 'none', '--per-minute', 0)):
+        with serving(truth) as (url, asked): code, said = here(capsys, '--data', tmp_path/'data', '--out', tmp_path/f'texts{len(more)}', *(url if each == 'URL' else each for each in more))
+        assert code == 0 and 'skipped' in said and 'Traceback' not in said, said
+    from datasets import Dataset
+    from readl_nb.datasets import labelled
+    from readl_nb.explanations import explain
+    rows = [row | dict(reference=str(references[1])) for row in labelled(tmp_path/'data').to_list() if row['split'] == 'test']
+    out = explain(Dataset.from_list(rows), tmp_path/'given', progress=False)
+    assert len((out/'skipped.jsonl').read_text().splitlines()) == len(rows) and 'its reference cannot be used' in (out/'skipped.jsonl').read_text()
 
 def test_reference_of_another_size_is_shown_at_the_size_of_the_model(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path/'data')
@@ -132,7 +174,13 @@ def test_reference_of_another_size_is_shown_at_the_size_of_the_model(data, tmp_p
 def test_bad_input_is_one_sentence_and_nothing_is_written(data, tmp_path, capsys, more, sentence):
     code, said = here(capsys, '--data', data, '--out', tmp_path/'texts', *more)
     assert code == 1 and sentence in said and said.count('readl_explain:') == 1, said
-    assert not list(tmp_path.rglob('*.jsonl')) or not (tmp_path/'texts'/'explanations.jsonl').read_text()
+    assert not (tmp_path/'texts').exists()   # the right command can be given at once
+
+def test_out_is_a_file_and_a_folder_that_is_not_utf8(data, tmp_path, capsys):
+    (tmp_path/'file').write_text('x')
+    code, said = here(capsys, '--data', data, '--out', tmp_path/'file'); assert code == 1 and 'it is a file; give a folder' in said and said.count('readl_explain:') == 1
+    odd = tmp_path/'bad\udcff'; shutil.copytree(data, odd)
+    code, said = here(capsys, '--data', odd, '--out', tmp_path/'texts'); assert code == 1 and 'is not UTF-8; rename it' in said and said.count('readl_explain:') == 1, said
 
 def test_folder_with_something_else(data, made, tmp_path, capsys):
     (tmp_path/'notes.txt').write_text('mine')

@@ -112,6 +112,19 @@ def test_finished_run_has_nothing_to_do(made, tmp_path, capsys):
     assert code == 0 and 'nothing to do' in error
     assert contents(out) == before
 
+@pytest.mark.parametrize('harm', [lambda out: shutil.copy(out/'checkpoint-3'/'adapter_model.safetensors', out/'adapter'), lambda out: (out/'adapter'/'adapter_model.safetensors').unlink(),
+                                  lambda out: (out/'adapter'/'adapter_config.json').unlink(), lambda out: shutil.rmtree(out/'adapter')], ids=['of an earlier step', 'no weights', 'no settings', 'none'])
+def test_adapter_that_is_not_of_the_last_checkpoint_is_made_again(made, tmp_path, capsys, harm):
+    out = copy(made, tmp_path); before = contents(out); harm(out); assert contents(out) != before
+    code, error = here(capsys, made, out)
+    assert code == 0 and 'has its 4 steps already: its adapter is made again' in error and contents(out) == before, error
+
+def test_run_of_an_older_version_goes_on(made, tmp_path, capsys):
+    out = copy(made, tmp_path); record = json.loads((out/'run.json').read_text())
+    assert 'opposites' not in record and set(record['data']) == {'images', 'anomalous', 'sha256'}, 'a run without references or opposites has a record as always'
+    code, error = here(capsys, made, out, '--max-steps', 5)
+    assert code == 0 and 'goes on from checkpoint-4' in error, error
+
 def test_adapter_that_does_not_fit(made, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
     out = copy(made, tmp_path); file = out/'checkpoint-4'/'adapter_model.safetensors'
@@ -210,7 +223,7 @@ def test_options_of_another_method_end_with_2(tmp_path, capsys, method, more):
     assert stop.value.code == 2 and f'{more[0]} does not go with --method {method}' in capsys.readouterr().err and not (tmp_path/'run').exists()
 
 @pytest.mark.parametrize('text, more, sentence', [('', (), 'readl_explain'), ('penlty: 1', (), "did you mean 'penalty'"), ('method: cgro', (), "no setting 'method'"), ('generations: 1', (), 'use 2 or more'), ('max_steps: 7', (), 'a multiple of'),
-                                                  ('', ('--adapter', 'no/such/adapter'), 'no/such/adapter')])
+                                                  ('', ('--adapter', 'no/such/adapter'), 'no/such/adapter: it holds no adapter; give')])
 def test_anomaly_r1_with_bad_input_is_one_sentence(made, tmp_path, capsys, text, more, sentence):
     (tmp_path/'settings.yaml').write_text(text or 'max_steps: 4\n')
     code = readl_train(anomaly(tmp_path/'run', '--config', tmp_path/'settings.yaml', *more, data=made/'data'))   # images, no explanations

@@ -1,9 +1,10 @@
 "Building an index of normal images that is killed in the middle, and what a user is told about a folder that does not fit."
-import os, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
+import numpy as np
 import pytest
 from readl_nb.datasets import labelled
-from readl_nb.references import INDEX, PARTS, ReferenceIndex, filter_bank, pair_references
+from readl_nb.references import INDEX, PARTS, ReferenceIndex, filter_bank, pack_index, pair_references, unpack_index
 
 BUILD = '''
 import sys, time
@@ -52,3 +53,23 @@ def test_one_line_for_what_does_not_fit(normals, tmp_path):
                   lambda: ReferenceIndex.build([], folder=tmp_path), lambda: ReferenceIndex.load(tmp_path/'nowhere'), lambda: ReferenceIndex.load(tmp_path, lambda images: images)):
         with pytest.raises(ValueError) as error: wrong()
         assert '\n' not in str(error.value) and len(str(error.value)) < 700
+
+def test_a_damaged_index_says_so(normals, tmp_path):
+    "an index file from others: names that lead outside or are no pictures, numbers that are none"
+    ReferenceIndex.build(normals[:6], folder=tmp_path, sample=(4, 500), restarts=1, progress=False)
+    arrays, about = unpack_index(tmp_path/INDEX)
+    for change in (dict(names=['../../outside.png'] + about['names'][1:]), dict(names=['/etc/shadow.png'] + about['names'][1:]), dict(names=['notes.txt'] + about['names'][1:])):
+        (tmp_path/INDEX).write_bytes(pack_index(arrays, about | change))
+        with pytest.raises(ValueError): ReferenceIndex.load(tmp_path)
+    (tmp_path/INDEX).write_bytes(pack_index(arrays | dict(histograms=np.full_like(arrays['histograms'], np.nan)), about))
+    with pytest.raises(ValueError, match='do not fit each other'): ReferenceIndex.load(tmp_path)
+
+def test_defective_images_are_never_normal_ones(normals, root, tmp_path):
+    "a known layout without train/good, and one with a broken line of metadata"
+    rows = labelled(root/'sample_data', categories=('metal',))
+    (tmp_path/'a'/'metal'/'test'/'crack').mkdir(parents=True); (tmp_path/'b').mkdir(); (tmp_path/'plain').mkdir()
+    for place in ('a/metal/test/crack', 'b', 'plain'): shutil.copy(normals[0], tmp_path/place/'0.jpg')
+    (tmp_path/'b'/'metadata.jsonl').write_text('{"file_name": "0.jpg", "label": 1}\n{"half')
+    for name in ('a', 'b'):
+        with pytest.raises(ValueError): pair_references(rows, tmp_path/name, progress=False)
+    assert set(pair_references(rows.select([0]), tmp_path/'plain', sample=(4, 500), restarts=1, progress=False)['reference']) <= {str(tmp_path/'plain'/'0.jpg'), ''}
