@@ -343,7 +343,7 @@ def test_axe_finds_nothing_on_a_page(window, file, axe, width, scheme):
 @pytest.fixture(scope='module')
 def paired(inspection, mask, tmp_path_factory):
     "A page with a reference of another size and boxes of every kind; the true and the predicted boxes."
-    true = mask_boxes(mask, 'contamination')
+    true = mask_boxes(mask, 'contamination', gap=.02)   # several specks
     found = [replace(true[1], x1=true[1].x1 + 3, label='contamination'), Box(300, 300, 380, 360, '<img src=x onerror=alert(1)>\u202e')]
     boxes = [*found, *(('true', box) for box in true), ('hint', true[0]), ('map', Box(-20, 390, 60, 500))]
     made = save_page(tmp_path_factory.mktemp('paired')/'paired.html', replace(inspection, reference=Image.new('RGB', (500, 300), 'grey')), masks=[mask], boxes=[boxes])
