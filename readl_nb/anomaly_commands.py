@@ -7,9 +7,7 @@ __all__ = ['explain_parser', 'run_explain', 'readl_explain', 'cold_start_parser'
 
 # %% ../nbs/31_anomaly_commands.ipynb #c003
 import argparse
-import os
-import sys
-from .commands import at_least, quiet_transformers, say, variable_name
+from .commands import at_least, exit_code, first_process, quiet_transformers, say, variable_name
 
 # %% ../nbs/31_anomaly_commands.ipynb #c006
 def explain_parser() -> argparse.ArgumentParser:
@@ -18,7 +16,7 @@ def explain_parser() -> argparse.ArgumentParser:
         epilog='Exit code: 0 when texts stand there and no image is open, 1 when none does, some are open or it had to stop, 2 for wrong usage, 130 when it was interrupted.')
     add = parser.add_argument
     add('--data', required=True, metavar='DIR', help='folder of labelled images with masks, in one of the layouts of readl_datasets list')
-    add('--out', required=True, metavar='DIR', help='folder of the texts: explanations.jsonl, rejected.jsonl, statistics.json')
+    add('--out', required=True, metavar='DIR', help='folder of the texts: explanations.jsonl, rejected.jsonl, statistics.json, tables.json')
     add('--model', metavar='M', help='who writes: a local Qwen2.5-VL (folder or hub name), or with --endpoint its name there (default: masks, no model is asked)')
     add('--endpoint', metavar='URL', help='ask an OpenAI-compatible server')
     add('--key-variable', type=variable_name, default='OPENAI_API_KEY', metavar='NAME', help='with --endpoint: environment variable that holds the key of the server; none sends no key (default: OPENAI_API_KEY)')
@@ -27,7 +25,7 @@ def explain_parser() -> argparse.ArgumentParser:
     add('--retries', type=at_least(0, int), default=5, metavar='N', help='with --endpoint: attempts after the first for one request (default: 5)')
     add('--timeout', type=at_least(.001, float), default=120., metavar='SECONDS', help='with --endpoint: for one request (default: 120)')
     add('--batch-size', type=at_least(1, int), default=8, metavar='N', help='for a local model: images at once (default: 8)')
-    add('--normals', metavar='DIR', help='folder of normal images to compare with (default: those of the data)')
+    add('--normals', metavar='DIR', help='folder or file of normal images to compare with (default: those of the data)')
     add('--image-size', type=at_least(28, int), default=420, metavar='N', help='boxes are in pixels of an N x N image (default: 420)')
     add('--split', metavar='S', help='train, test, validation (default: all)')
     add('--categories', nargs='+', metavar='C', help='only these categories')
@@ -67,9 +65,7 @@ def readl_explain(
 ) -> int:
     "Exit code of the command `readl_explain`: 0 when texts stand there and no image is open, else 1, 130 when it was interrupted; wrong usage exits with 2."
     options = explain_parser().parse_args(arguments)
-    try: return run_explain(options)
-    except KeyboardInterrupt: say(f'interrupted; the same command goes on where it stopped, in {options.out}', 'readl_explain'); return 130
-    except (AssertionError, OSError, RuntimeError, ValueError) as error: say(' '.join(str(error).split())[:500], 'readl_explain'); return 1
+    return exit_code('readl_explain', lambda: run_explain(options), f'interrupted; the same command goes on where it stopped, in {options.out}')
 
 # %% ../nbs/31_anomaly_commands.ipynb #c013
 def cold_start_parser() -> argparse.ArgumentParser:
@@ -108,13 +104,9 @@ def readl_cold_start(
 ) -> int:
     "Exit code of the command `readl_cold_start`: 0 when the training ended, 1 when it could not, 130 when it was interrupted; wrong usage exits with 2."
     options = cold_start_parser().parse_args(arguments)
-    rank = os.environ.get('RANK', '0')   # of several processes the first speaks, and each that fails
-    main, who = rank == '0', '' if rank == '0' else f'process {rank}: '
-    try:
+    def work():
         quiet_transformers()
         from readl_nb.cold_start import cold_start
         adapter = cold_start(options.data, options.out, cold_start_config(options), options.model, options.device)
-    except KeyboardInterrupt: main and say(f'interrupted; the same command goes on from the last checkpoint in {options.out}', 'readl_cold_start'); return 130
-    except (AssertionError, OSError, RuntimeError, ValueError) as error: say(who + ' '.join(str(error).split())[:500], 'readl_cold_start'); return 1
-    if main: say(f'the adapter is in {adapter}', 'readl_cold_start')
-    return 0
+        if first_process(): say(f'the adapter is in {adapter}', 'readl_cold_start')
+    return exit_code('readl_cold_start', work, f'interrupted; the same command goes on from the last checkpoint in {options.out}')

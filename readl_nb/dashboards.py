@@ -8,9 +8,9 @@ __all__ = ['UNREADABLE', 'MEASURED', 'CURVES', 'METHODS', 'ALL', 'WIDE', 'STYLES
            'lacking', 'items_of', 'listed', 'weigh', 'map_of', 'quick_areas', 'measure', 'place_on', 'Debounced',
            'release', 'controls_of', 'config_in', 'as_code', 'measures_table', 'Thumbnails', 'draw_in', 'curve_figure',
            'show_curve', 'Dashboard', 'row', 'picture_of', 'viewer_of', 'update_lab', 'draw_maps', 'ThresholdLab',
-           'threshold_lab', 'browser_rows', 'judged_rows', 'dataset_rows', 'chosen_rows', 'Region', 'true_boxes',
-           'item_of', 'item_failed', 'thumbnail', 'truth_of', 'with_boxes', 'described', 'reference_of', 'filters_of',
-           'set_range', 'DatasetBrowser', 'dataset_browser']
+           'threshold_lab', 'browser_rows', 'judged_rows', 'dataset_rows', 'chosen_rows', 'given_boxes', 'hint_of',
+           'true_boxes', 'item_of', 'item_failed', 'thumbnail', 'truth_of', 'with_boxes', 'described', 'reference_of',
+           'filters_of', 'set_range', 'DatasetBrowser', 'dataset_browser']
 
 # %% ../nbs/12_dashboards.ipynb #c002
 import asyncio
@@ -30,7 +30,6 @@ import plotly.graph_objects as go
 import traitlets
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from scipy.ndimage import find_objects, label
 from tqdm.auto import tqdm
 
 from .aggregation import to_pixels, token_weights
@@ -38,7 +37,8 @@ from .datasets import labelled, read_mask
 from .evaluation import Result, load_results, mean_of, read_folder, resized
 from .images import BadImage, one_line, read_image, show_name
 from .inspection import Failure, Inspection, ReALConfig, data_uri, fit, overlay
-from .metrics import EVERY_NEIGHBOUR, areas, lacks
+from .metrics import areas, lacks
+from .reasoning import Box, defects
 from .results import judge, outline
 from .scoring import normalise, semantic_relevance, spatial_entropy, threshold
 from .viewer import TokenViewer, real_config
@@ -561,6 +561,7 @@ def browser_rows(
     "A row an image with the columns `BROWSER_COLUMNS`; the items: a `Result` each, or the row of the dataset as a dict; one line about what was left out.\n\nRaises `ValueError`, one line, when there is none."
     path = isinstance(source, (str, os.PathLike))
     if path and source != 'elpv' and not Path(source).is_dir(): raise ValueError(f'{show_name(source)}: there is no such folder; give a folder of readl_evaluate or of a dataset')
+    if path and (Path(source)/'explanations.jsonl').is_file(): raise ValueError(f'{show_name(source)}: these are explanations of readl_explain; give what explanations.read_explanations makes of this folder')
     if path and (Path(source)/'settings.json').is_file() and (Path(source)/'images').is_dir(): return judged_rows(load_results(source, root), progress)
     if path or hasattr(source, 'column_names'): return (*dataset_rows(source), [])
     return judged_rows(listed(source, Result, 'give a folder, a dataset or Results; an Inspection is opened with TokenViewer'), progress)
@@ -617,24 +618,32 @@ def chosen_rows(
     return [int(n) for n in found.index]
 
 # %% ../nbs/12_dashboards.ipynb #c059
-@dataclass(frozen=True)
-class Region:
-    "A box in pixels of an image."
-    corners: tuple    # (x1, y1, x2, y2)
-    label: str = ''
+def given_boxes(
+    item,   # a `Result` or the row of a dataset
+) -> list[tuple]:
+    "(whole row of the column `boxes`, its four numbers) of an explanation; none of anything else, and without what is no box."
+    boxes = item.get('boxes') if isinstance(item, dict) else None
+    return [(box, box['bbox_2d']) for box in boxes or () if isinstance(box, dict) and len(box.get('bbox_2d') or ()) == 4]
+
+def hint_of(
+    item,   # a `Result` or the row of a dataset
+) -> str:
+    "What the writer of an explanation was told: its column `hint` where there is one, else kind and place of each box; '' when nothing."
+    told = '; '.join(f"{box.get('label') or 'defect'} at {[round(float(v)) for v in place]}" for box, place in given_boxes(item))
+    return str(item.get('hint') or told) if isinstance(item, dict) else ''
 
 def true_boxes(
-    item,             # a `Result` or the row of a dataset
-    size: tuple,      # (width, height) of its image
+    item,               # a `Result` or the row of a dataset
+    size: tuple,        # (width, height) of its image
+    hints=False,        # whether those of an explanation are of the kind 'hint'
 ) -> list[tuple]:
-    "('true', box) of each: of the column `boxes`, given for squares of `image_size` pixels, or of the connected parts of the mask, not joined as `boxes.defect_boxes` joins them; none where neither is known."
+    "('true', box) of each: of the column `boxes`, given for squares of `image_size` pixels, or of the `defects` of the mask, as everywhere in this package; none where neither is known."
     record = item.record if isinstance(item, Result) else item
     if isinstance(item, dict) and item.get('boxes') is not None:
-        scale = [side / (item.get('image_size') or 420) for side in (*size, *size)]
-        return [('true', Region(tuple(float(v) * s for v, s in zip(box['bbox_2d'], scale)), str(box.get('label') or ''))) for box in item['boxes'] if isinstance(box, dict) and len(box.get('bbox_2d') or ()) == 4]
+        scale, kind = [side / (item.get('image_size') or 420) for side in (*size, *size)], 'hint' if hints else 'true'
+        return [(kind, Box(*(float(v) * s for v, s in zip(place, scale)), str(box.get('label') or ''))) for box, place in given_boxes(item)]
     mask = truth_of(item, size)
-    parts = [] if mask is None else find_objects(label(mask, EVERY_NEIGHBOUR)[0])
-    return [('true', Region((x.start, y.start, x.stop, y.stop), record['defect'])) for y, x in parts]
+    return [] if mask is None else [('true', Box(*(v * side / 420 for v, side in zip(box.corners, (*size, *size))), record['defect'])) for box in defects(mask)]
 
 # %% ../nbs/12_dashboards.ipynb #c060
 def item_of(
@@ -697,7 +706,7 @@ def described(
     address = thumbnail(item, False, 420, boxes and (lambda *_: boxes))
     beside = reference_of(item)
     facts = {'image': record['path'], 'truth': f"{'defective' if record['label'] else 'normal'} ({record['defect']})", 'category': record['category'], 'split': record.get('split'), 'masks': ', '.join(record['mask'] or []),
-             'explanation': record.get('explanation'), 'failed': record.get('failure'), 'answer': record.get('answer'), 'response': record.get('text')}
+             'explanation': record.get('explanation'), 'hint': hint_of(item), 'failed': record.get('failure'), 'answer': record.get('answer'), 'response': record.get('text')}
     lines = ''.join(f'<p><b>{name}</b>: {html.escape(one_line(value, 1000))}</p>' for name, value in facts.items() if value)
     normal = f'<img src="{beside}" alt="its normal reference" title="reference (normal)" style="max-width:100%;margin-left:8px">' if beside else ''
     return widgets.HTML((f'<img src="{address}" alt="the image, {"boxes drawn" if boxes else "defect outlined"}" style="max-width:100%">' if address else '<p>The image cannot be read.</p>') + normal + lines)
@@ -723,7 +732,7 @@ def filters_of(
     made['order'] = widgets.Dropdown(options=[name for name, (by, _) in ORDERS.items() if by is None or by in scores], description='order', **WIDE)
     made['view'] = widgets.ToggleButtons(options=['thumbnails', 'table'], style=dict(button_width='100px'))
     made['maps'] = widgets.Checkbox(value=False, description='anomaly maps', indent=False, layout=dict(width='130px'), disabled='right answer' not in [value for _, value in outcomes])
-    made['boxes'] = widgets.Checkbox(value=False, description='boxes', indent=False, layout=dict(width='80px'))
+    for name in ('boxes', 'hints'): made[name] = widgets.Checkbox(value=False, description=name, indent=False, layout=dict(width='80px'))
     for name, told, icon in (('back', 'Previous page', 'arrow-left'), ('on', 'Next page', 'arrow-right')): made[name] = widgets.Button(description=told, icon=icon, layout=dict(width='140px'))
     made['again'] = widgets.Button(description='Read again', tooltip='Read the folder again, where images may have been added', icon='refresh', layout=dict(width='120px'))
     return made
@@ -748,13 +757,13 @@ class DatasetBrowser(Dashboard):
         self.thumbnails, self.status = Thumbnails(), widgets.HTML()
         self.scored = self.rows[found['score'].value] if not found['score'].disabled else None
         if self.scored is not None: set_range(found['between'], self.scored)
-        found['boxes'].value = self.how.get('boxes') is not None
-        for name in ('category', 'kind', 'split', 'outcome', 'between', 'order', 'maps', 'boxes'): found[name].observe(self.first_page, 'value')
+        found['boxes'].value, found['hints'].disabled = self.how.get('boxes') is not None, not any(map(given_boxes, self.items))
+        for name in ('category', 'kind', 'split', 'outcome', 'between', 'order', 'maps', 'boxes', 'hints'): found[name].observe(self.first_page, 'value')
         found['score'].observe(lambda change: set_range(found['between'], self.rows[change.new]), 'value')
         found['view'].observe(lambda change: setattr(self.thumbnails, 'view', change.new), 'value')
         found['back'].on_click(lambda _: self.turn(-1)); found['on'].on_click(lambda _: self.turn(1)); found['again'].on_click(self.read)
         self.thumbnails.observe(lambda change: 0 <= change.new[0] < len(self.items) and self.open_image(change.new[0]), 'chosen')
-        self.children = [widgets.HTML(STYLES), row(*(found[name] for name in ('category', 'kind', 'split', 'outcome', 'score', 'between', 'order'))), row(found['view'], found['maps'], found['boxes'], found['again']),
+        self.children = [widgets.HTML(STYLES), row(*(found[name] for name in ('category', 'kind', 'split', 'outcome', 'score', 'between', 'order'))), row(found['view'], found['maps'], found['boxes'], found['hints'], found['again']),
                          self.status, self.thumbnails, row(found['back'], found['on']), self.below]
         self.update.settle()
 
@@ -771,27 +780,29 @@ class DatasetBrowser(Dashboard):
         self.controls['back'].disabled, self.controls['on'].disabled = self.page == 0, self.page == pages - 1
         self.status.value = f'<p role="status">{len(self.passing)} of {len(self.rows)} images pass' + (f', {first + 1} to {first + len(self.shown)} shown' if self.shown else '; widen a filter') + '.</p>' + ''.join(f'<p>{html.escape(note)}</p>' for note in self.notes)
         items = []
-        for n in self.shown: yield; items.append(self.item(n, of['maps'], of['boxes']))   # the kernel looks whether something has moved
+        for n in self.shown: yield; items.append(self.item(n, of['maps'], (of['boxes'], of['hints'])))   # the kernel looks whether something has moved
         self.thumbnails.chosen = [-1, 0]; self.thumbnails.items = items
 
-    def item(self, n, maps, boxes=False):
+    def item(self, n, maps, boxes=(False, False)):   # whether true and predicted boxes, and whether hints, are drawn
         if len(self.pictures) > 500: self.pictures.clear()
-        if (n, maps, boxes) not in self.pictures: self.pictures[n, maps, boxes] = item_of(self.rows.loc[n], self.items[n], maps, boxes=self.boxes_of if boxes else None)
+        if (n, maps, boxes) not in self.pictures: self.pictures[n, maps, boxes] = item_of(self.rows.loc[n], self.items[n], maps, boxes=self.boxes_of if any(boxes) else None)
         return self.pictures[n, maps, boxes]
 
 # %% ../nbs/12_dashboards.ipynb #c065
 def _boxes_of(self, item, size):
-    "True boxes, and those of the function that was given; when it fails there are none, and the page says so."
+    "True boxes, hints, and those of the function that was given; when it fails there are none, and the page says so."
+    hints = [pair for pair in true_boxes(item, size, True) if pair[0] == 'hint'] if self.controls['hints'].value else []
+    if not self.controls['boxes'].value: return hints
     try: given = list((self.how.get('boxes') or (lambda item: ()))(item)); shares_of(given, size)
     except Exception as error:   # of a function that is not ours
         given, told = [], one_line(f'boxes: {type(error).__name__}: {error}', 200)
         if told not in self.notes: self.notes = [*self.notes[-4:], told]
-    return true_boxes(item, size) + given
+    return true_boxes(item, size) + hints + given
 
 def _open_image(self, number: int):   # of an image, as in `rows`
     "Nothing; the image is opened below."
     item, boxes = self.items[number], None
-    if self.controls['boxes'].value:
+    if self.controls['boxes'].value or self.controls['hints'].value:
         try: boxes = self.boxes_of(item, tuple(item['size']) if isinstance(item, Result) else read_image(item['path']).size)
         except (BadImage, OSError, KeyError): pass   # an image that is gone is told of below
     self.show_below(viewer_of(item, boxes=boxes) if isinstance(item, Result) and not item['failure'] else described(item, boxes))
@@ -800,7 +811,7 @@ DatasetBrowser.boxes_of, DatasetBrowser.open_image = _boxes_of, _open_image
 
 # %% ../nbs/12_dashboards.ipynb #c066
 def dataset_browser(
-    source,                  # folder of `readl_evaluate`, a list of `Result`s, or anything `datasets.labelled` takes
+    source,                  # folder of `readl_evaluate`, a list of `Result`s, anything `datasets.labelled` takes, or explanations (of `read_explanations`)
     root=None,               # where the images of a results folder are now, when they have moved
     page_size: int = 24,     # images a page
     progress: bool = True,   # bar on standard error where reading takes long

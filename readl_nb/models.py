@@ -62,9 +62,9 @@ def load_processor(path:str # folder or hub name
 
 # %% ../nbs/02_models.ipynb #c011
 EMBEDDED = 'readl-tiny'
-BOXES = 'readl-tiny-boxes' # writes boxes, see 20b_box_pretraining
+BOXES = 'readl-tiny-boxes' # writes boxes, see 22b_box_pretraining
 PACKAGED = {EMBEDDED: 'readl_tiny', BOXES: 'readl_tiny_boxes'} # models of this package and their folders
-ADAPTERS = 'readl-tiny-r1', 'readl-tiny-cgro' # trained in ablations/table2_training, for readl-tiny
+ADAPTERS = {'readl-tiny-r1': EMBEDDED, 'readl-tiny-cgro': EMBEDDED} # each and its model; trained in ablations/table2_training,
 
 @dataclass(frozen=True)
 class VLM:
@@ -104,13 +104,14 @@ def _check_is_qwen(name, path):
     if kind != 'qwen2_5_vl': raise ValueError(f'model {name!r} is of type {kind!r}, not a Qwen2.5-VL: give a checkpoint of type qwen2_5_vl')
 
 def load_vlm(name:str=EMBEDDED, # 'readl-tiny' (in this package), a folder, or a hub name such as 'Qwen/Qwen2.5-VL-7B-Instruct'
-             adapter:str|None=None, # PEFT adapter to put on top: 'readl-tiny-r1' or 'readl-tiny-cgro' (in this package), a folder, or a hub name
+             adapter:str|None=None, # PEFT adapter to put on top: one of `ADAPTERS` (in this package), a folder, or a hub name
              device:str|None=None, # 'cpu', 'cuda', 'cuda:1', ...; None takes the GPU when there is one
              dtype:torch.dtype|str|None=None, # None: bfloat16 on a GPU, float32 on a CPU
              image_size:int|None=420, # side in pixels that images are resized to; None keeps their shape
             ) -> VLM: # ready for `respond`
     "A Qwen2.5-VL with its processor; raises `ValueError` with one sentence when `name` or `adapter` is not usable. Weights are read from safetensors only."
     path = model_path(name); _check_is_qwen(name, path)
+    if name in PACKAGED and ADAPTERS.get(adapter, name) != name: raise ValueError(f'the adapter {adapter!r} was trained on {ADAPTERS[adapter]!r}, not on {name!r}: load it with that model')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32)
     try:
@@ -202,7 +203,7 @@ def parse_response(text:str, # what the model wrote; untrusted
                   ) -> Parsed:
     "The reasoning and the answer of a response, and the name of what is wrong with its form"
     span = _reasoning_span(text); think = text[slice(*span)] if span else None
-    found = re.compile(r'<answer>\s*(yes|no)\b\s*(?:[.,:]\s*)?(?:\[?\{[\'\"]bbox_2d\b|</answer>|$)', re.I).search(text, span[1] if span else 0) # not inside the reasoning
+    found = re.compile(r'<answer>\s*(yes|no)\b\s{0,20}[.,:;]?\s{0,20}(?:```(?:json)?\s{0,20})?(?:\[\s{0,20})?(?:\{[^{}<]{0,200}?bbox|</answer>|$)', re.I).search(text, span[1] if span else 0) # not inside the reasoning
     answer = found[1].capitalize() if found else None
     return Parsed(think, answer, span, found.start(1) if found else None, _problem(text, think, answer, truncated))
 

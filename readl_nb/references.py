@@ -7,8 +7,8 @@ __all__ = ['SIZE', 'GAIN', 'DISTANCES', 'PART', 'BATCH', 'INDEX', 'PARTS', 'EXTR
            'as_patches', 'codebook', 'histograms', 'check_histograms', 'block_divergences', 'check_ignore', 'alignment',
            'negative_entropy', 'smallest_scores', 'nearest_rows', 'feature_name', 'content_digest', 'fingerprint',
            'read_small', 'draw_patches', 'describe', 'pack_index', 'unpack_index', 'describe_all', 'ReferenceIndex',
-           'alone', 'is_complete', 'kept_codebook', 'save_index', 'stored_paths', 'describe_queries',
-           'nearest_described', 'nearest_many', 'nearest', 'unlabelled', 'normals_from', 'normal_pools',
+           'exclusive', 'is_complete', 'kept_codebook', 'save_index', 'stored_paths', 'describe_queries',
+           'nearest_described', 'nearest_many', 'nearest', 'unlabelled', 'normals_from', 'normals_of', 'normal_pools',
            'describe_rows', 'cache_folder', 'pair_category', 'pair_references', 'reference_problems',
            'from_torchvision', 'from_timm', 'torch_features']
 
@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,10 +239,13 @@ def nearest_rows(
 PART, BATCH = 128, 16   # images a stored part, and images whose features are computed together
 
 def feature_name(
-    features,   # a function from images to [B, h, w, C]
+    features,          # a function from images to [B, h, w, C]
+    kept: bool=False,  # whether something stored will be known by this name
 ) -> str:
-    "What the features are called in a stored index."
-    return str(getattr(features, 'name', None) or getattr(features, '__name__', type(features).__name__))
+    "What the features are called in a stored index.\n\nRaises `ValueError`, one line, when the name is to be kept and could be that of any function."
+    name = getattr(features, 'name', None) or getattr(features, '__name__', '<lambda>')
+    if kept and name == '<lambda>': raise ValueError('these features have no name of their own, so their stored index could be taken for that of others; write them as a function with def, or give them an attribute name')
+    return str(name)
 
 def content_digest(
     image,   # PIL image, RGB
@@ -390,7 +393,7 @@ class ReferenceIndex:
 INDEX, PARTS = 'index.safetensors', 'parts'
 
 @contextmanager
-def alone(
+def exclusive(
     folder,   # of an index, or None
 ):
     "Nobody else builds in the folder meanwhile. Who finds somebody there says so once and waits."
@@ -427,9 +430,9 @@ def _build(
     if isinstance(paths, (str, os.PathLike)): paths = find_images(paths)
     paths = list(dict.fromkeys(os.path.abspath(path) for path in paths))
     if not paths: raise ValueError('there is no normal image to choose a reference from; give at least one')
-    settings = dict(features=feature_name(features), clusters=clusters, grid=grid, distance=distance, sample=list(sample), restarts=restarts, seed=seed, files=fingerprint(paths))
+    settings = dict(features=feature_name(features, folder is not None), clusters=clusters, grid=grid, distance=distance, sample=list(sample), restarts=restarts, seed=seed, files=fingerprint(paths))
     check_ignore(ignore, grid**2)
-    with alone(folder):   # a second process waits, and then reads what the first has built
+    with exclusive(folder):   # a second process waits, and then reads what the first has built
         if folder and is_complete(Path(folder), settings): return cls.load(folder, features, smoothing=smoothing, ignore=ignore)
         centres = kept_codebook(folder) if folder else None
         if centres is None:
@@ -521,7 +524,7 @@ def _load(
     if not fits: raise ValueError(f'{show_name(file)}: the parts of this index do not fit each other; build it again')
     stored = str(settings.get('features'))
     if features is None and stored == feature_name(filter_bank): features = filter_bank
-    if features is not None and feature_name(features) != stored:
+    if features is not None and feature_name(features, True) != stored:
         raise ValueError(f'{show_name(file)}: this index was built with the features {one_line(stored, 80)!r}, not {one_line(feature_name(features), 80)!r}; give the same, or build another index')
     return cls(paths, *parts, settings, *rest, features)
 
@@ -574,7 +577,7 @@ def nearest(
     if not (isinstance(query, np.ndarray) and query.shape == index.histograms.shape[1:]): query = read_image(query)
     return nearest_many(index, [query], k)[0]
 
-# %% ../nbs/21_references.ipynb #c086
+# %% ../nbs/21_references.ipynb #c089
 def unlabelled(
     normals,   # a folder, file or pattern
 ) -> bool:
@@ -584,7 +587,7 @@ def unlabelled(
     except ValueError: return nearest_layout(normals).startswith('it is no known layout')
 
 def normals_from(
-    normals,             # a folder, or a dataset with path, label and category
+    normals,             # a folder, file or pattern, or a dataset with path, label and category
     categories: set,     # that are asked for
 ) -> list[tuple]:
     """(category, path) of its normal images; category '' serves every category.
@@ -595,33 +598,34 @@ def normals_from(
     if isinstance(normals, (str, os.PathLike)):
         name = show_name(normals)
         if unlabelled(normals):
-            paths = [(Path(os.path.relpath(path, normals)).parts[0], str(path)) for path in find_images(normals)]
-            return [(first if first in categories else '', path) for first, path in paths]
+            paths = [(Path(os.path.relpath(path, normals)).parts[:1], str(path)) for path in find_images(normals)]
+            return [(first[0] if first and first[0] in categories else '', path) for first, path in paths]
     rows = labelled(normals) if isinstance(normals, (str, os.PathLike)) else normals.with_format(None)
     found = [(category, path) for category, path, label in zip(rows['category'], rows['path'], rows['label']) if not label]
     if not found: raise ValueError(f'there is no normal image in {name} to choose references from; give normals=, a folder or a dataset with normal images')
     only = {category for category, _ in found}
     return [('', path) for _, path in found] if len(only) == 1 and not only & categories else found
 
-# %% ../nbs/21_references.ipynb #c087
+# %% ../nbs/21_references.ipynb #c090
+def normals_of(
+    rows: Dataset,   # with path, label and category, and perhaps split
+) -> Dataset:
+    "The normal images to compare with: of each category those of split train where there are two or more (no image is its own reference), else all."
+    splits = rows['split'] if 'split' in rows.column_names else [''] * len(rows)
+    normal = [(n, category, split == 'train') for n, (category, label, split) in enumerate(zip(rows['category'], rows['label'], splits)) if not label]
+    count = Counter(category for _, category, train in normal if train)
+    return rows.select([n for n, category, train in normal if train or count[category] < 2])
+
 def normal_pools(
     rows: Dataset,     # with path, label and category, and perhaps split
-    normals=None,      # a folder, a dataset, or None for the normal images of `rows`
-) -> dict[str, list[list[str]]]:
-    "For each category its candidates, those to be preferred first."
-    if normals is not None: lists = [normals_from(normals, set(rows['category']))]
-    else:
-        splits = rows['split'] if 'split' in rows.column_names else [''] * len(rows)
-        found = [(split != 'train', category, path) for split, category, path, label in zip(splits, rows['category'], rows['path'], rows['label']) if not label]
-        lists = [[(category, path) for other, category, path in found if other == wanted] for wanted in (False, True)]
+    normals=None,      # a folder, a dataset, or None for `normals_of(rows)`
+) -> dict[str, list[str]]:
+    "For each category its candidates.\n\nRaises `ValueError`, one line, as `normals_from`."
     pools = defaultdict(list)
-    for each in lists:
-        of = defaultdict(list)
-        for category, path in each: of[category].append(path)
-        for category, paths in of.items(): pools[category].append(paths)
+    for category, path in normals_from(normals_of(rows) if normals is None else normals, set(rows['category'])): pools[category].append(path)
     return dict(pools)
 
-# %% ../nbs/21_references.ipynb #c089
+# %% ../nbs/21_references.ipynb #c092
 def describe_rows(
     index: ReferenceIndex,   # just built
     paths: list,             # files that ask; some may be in the index
@@ -650,11 +654,11 @@ def cache_folder(
     key = f'{fingerprint(pool)} {feature_name(options.get("features", filter_bank))} {sorted(made_with.items())}'
     return Path(folder)/f'{safe_name(category)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}'
 
-# %% ../nbs/21_references.ipynb #c090
+# %% ../nbs/21_references.ipynb #c093
 def pair_category(
     category: str,          # its name, for messages; untrusted
     paths: list,            # files that ask, of this category
-    pools: list,            # lists of candidates, the preferred one first
+    pool: list,             # candidates
     k: int=1,               # references of each
     folder=None,            # indexes and finished parts are kept below it
     progress: bool=True,    # show bars
@@ -663,28 +667,25 @@ def pair_category(
     "For each file its references (paths, [] for none), sentences that count, and a sentence for each file that could not be read."
     found, counted, files, other_size = [[] for _ in paths], [], {}, 0
     shown = repr(one_line(category, 60))
-    for pool in pools:
-        todo = [i for i in range(len(paths)) if not found[i] and paths[i] not in files]
-        if not todo: break
-        kept = cache_folder(folder, category, pool, options)
-        try: index = ReferenceIndex.build(pool, folder=kept, progress=progress, **options)
-        except BadImage as error: counted.append(str(error)); continue
-        asked = [paths[i] for i in todo]
-        described, failures = describe_rows(index, asked, kept and kept/f'queries-{fingerprint(asked)[:16]}', progress)
-        files |= index.problems | {asked[i]: failure.reason for i, failure in failures.items()}
+    kept = cache_folder(folder, category, pool, options)
+    try: index = ReferenceIndex.build(pool, folder=kept, progress=progress, **options) if pool else None
+    except BadImage as error: counted.append(str(error)); index = None
+    if index:
+        described, failures = describe_rows(index, paths, kept and kept/f'queries-{fingerprint(paths)[:16]}', progress)
+        files = index.problems | {paths[i]: failure.reason for i, failure in failures.items()}
         if index.duplicates: counted.append(f'{index.duplicates} of {len(pool)} normal images of {shown} show the same picture as another one and were left out')
         for place, size, answer in zip(described['places'], described['sizes'], nearest_described(index, described, k)):
-            found[todo[place]] = [index.paths[row] for row, _ in answer]
+            found[place] = [index.paths[row] for row, _ in answer]
             other_size += bool(answer) and tuple(index.sizes[answer[0][0]]) != tuple(size)
     if other_size: counted.append(f'{other_size} of {len(paths)} references of {shown} have another size than their image; both are scaled to the same square, so check that their shapes are alike')
     if none := sum(not answer and path not in files for answer, path in zip(found, paths)):
         counted.append(f'{none} of {len(paths)} images of {shown} get no reference, because there is no other normal image of this category; add normal images')
     return found, counted, [f'{show_name(path)}: {reason}' for path, reason in files.items()]
 
-# %% ../nbs/21_references.ipynb #c091
+# %% ../nbs/21_references.ipynb #c094
 def pair_references(
     rows: Dataset,           # of `labelled`: path, label, category, and perhaps split
-    normals=None,            # a folder or a dataset of normal images; None: those of `rows`, split 'train' first
+    normals=None,            # a folder, file or dataset of normal images; None: `normals_of(rows)`
     k: int=1,                # references of each row
     folder=None,             # indexes are kept here, and a second call goes on with them; may be deleted at any time
     progress: bool=True,     # show bars
@@ -716,7 +717,7 @@ def reference_problems(
     "One sentence for each thing that went wrong, [] when nothing did."
     return dataset.info.description.splitlines()
 
-# %% ../nbs/21_references.ipynb #c099
+# %% ../nbs/21_references.ipynb #c102
 EXTRA = 'pip install "readl_nb[baselines]"'
 
 def from_torchvision(
@@ -753,7 +754,7 @@ def from_timm(
     config = getattr(model, 'pretrained_cfg', None) or model.default_cfg
     return model, name, file, config['mean'], config['std']
 
-# %% ../nbs/21_references.ipynb #c100
+# %% ../nbs/21_references.ipynb #c103
 def torch_features(
     weights=None,            # None: EfficientNet-Lite0 of its package; or a name such as 'resnet18' or 'torchvision/resnet18', or a file named after its network
     layer: int=1,            # 0 the first convolution, 1 the first stage

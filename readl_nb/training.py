@@ -7,10 +7,10 @@ __all__ = ['RECORD', 'METRICS', 'ADAPTER', 'SEAL', 'FREE', 'UNFINISHED', 'NAMES'
            'read_settings', 'FittedImages', 'training_data', 'Order', 'fingerprint', 'record_of', 'difference',
            'check_run_folder', 'digest', 'seal', 'damage', 'step_of', 'checkpoints', 'last_whole', 'begin_from',
            'check_adapter', 'metrics_of', 'further', 'read_metrics', 'rewind', 'flat', 'clock', 'one_step',
-           'RunRecorder', 'Checked', 'without_known_warnings', 'check_sampling', 'trainer_for', 'Preflight',
-           'shortened', 'dry_run', 'free_memory', 'estimate', 'needed_disk', 'preflight', 'speaker', 'lora_factors',
-           'stack_adapters', 'same_adapter', 'save_adapter', 'go', 'open_run', 'closing', 'run', 'device_of',
-           'starting_model', 'adapter_in', 'train_on', 'train']
+           'RunRecorder', 'Checked', 'without_known_warnings', 'check_sampling', 'in_our_order', 'trainer_for',
+           'Preflight', 'shortened', 'dry_run', 'free_memory', 'estimate', 'free_disk', 'needed_disk', 'preflight',
+           'speaker', 'lora_factors', 'stack_adapters', 'same_adapter', 'save_adapter', 'go', 'open_run', 'closing',
+           'run', 'device_of', 'starting_model', 'adapter_in', 'this_process', 'to_the_end', 'train_on', 'train']
 
 # %% ../nbs/08d_training.ipynb #c002
 import errno
@@ -377,7 +377,7 @@ def flat(
     config,
 ) -> str:
     "Why nothing is learnt when all rewards of every group were equal in all `lines`: one sentence with the likely causes; '' otherwise."
-    if not lines or any(line['zero_variance_groups'] is None or line['zero_variance_groups'] < 1 for line in lines): return ''
+    if not lines or any(line.get('zero_variance_groups') is None or line['zero_variance_groups'] < 1 for line in lines): return ''
     mean = lambda name: float(np.mean([line[name] for line in lines if line.get(name) is not None] or [math.nan]))
     causes = []
     if mean('malformed') > .5: causes.append(f"{mean('malformed'):.0%} of the answers are malformed (raise max_new_tokens, or take a model that writes the tags)")
@@ -410,6 +410,8 @@ def one_step(
 # %% ../nbs/08d_training.ipynb #c041
 class RunRecorder(TrainerCallback):
     "Writes metrics.jsonl, shows progress, seals checkpoints, and stops a training that has lost its numbers."
+    program = 'readl_train'   # beside the bar
+
     def __init__(self, out, config, dataset, say, progress=True):
         self.out, self.config, self.unreadable, self.say, self.progress = Path(out), config, unreadable(dataset), say, progress
         self.bar, self.warned = None, False
@@ -417,7 +419,7 @@ class RunRecorder(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         self.lines, self.began = read_metrics(self.out), time.perf_counter()
         self.named = {path for line in self.lines for path in line['unreadable']}
-        if state.is_world_process_zero: self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='readl_train', unit='step', disable=None if self.progress else True, file=sys.stderr)   # None: only on a terminal
+        if state.is_world_process_zero: self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.program, unit='step', disable=None if self.progress else True, file=sys.stderr)   # None: only on a terminal
 
     def on_log(self, args, state, control, logs=None, **_):
         if not logs or 'loss' not in logs: return   # the summary at the end
@@ -431,9 +433,12 @@ class RunRecorder(TrainerCallback):
         for path, why in sorted(found.items()): self.say(f'{show_name(path)} cannot be read: {why}; another image of the same label stands in')
         self.write(metrics_of(logs, state.global_step, seconds=round(seconds, 3), unreadable=sorted(found)))
 
-    def write(self, line):
+    def keep(self, line):
         with open(self.out/METRICS, 'a', encoding='utf8') as file: file.write(as_json(line) + '\n'); file.flush(); os.fsync(file.fileno())
         self.lines.append(line)
+
+    def write(self, line):
+        self.keep(line)
         if self.progress: self.say(one_step(line, self.config.max_steps, self.config.updates))
         if self.bar is not None: self.bar.update(self.config.updates)
         reason = len(self.lines) >= WINDOW and not self.warned and flat(self.lines[-WINDOW:], self.config)
@@ -486,6 +491,13 @@ def check_sampling(
         raise ValueError(f'under FSDP let vLLM sample (use_vllm: true{evidence}): otherwise a process that ends first leaves the others waiting')
 
 # %% ../nbs/08d_training.ipynb #c048
+def in_our_order(trainer, config, repeats=1):
+    "The trainer, with our order of images, without talk and advertisement."
+    for talker in (PrinterCallback, ProgressCallback): trainer.remove_callback(talker)
+    trainer._get_train_sampler = lambda dataset=None: Order(len(trainer.train_dataset), config, repeats)
+    trainer.create_model_card = lambda *_, **__: None   # a page of advertisement with local paths
+    return trainer
+
 def trainer_for(
     vlm: VLM,
     dataset: Dataset,
@@ -500,11 +512,8 @@ def trainer_for(
     "The trainer with our order of images, our records and checked rewards. Raises `ValueError`, one line, for a way of sampling that would hang."
     trainer = build(vlm, dataset, out, config, [recorder, *callbacks], processes, **more)
     check_sampling(trainer.is_fsdp_enabled, processes, config)
-    for talker in (PrinterCallback, ProgressCallback): trainer.remove_callback(talker)
-    trainer._get_train_sampler = lambda dataset=None: Order(len(trainer.train_dataset), config, trainer.args.steps_per_generation)
     trainer.reward_funcs = [Checked(reward, ('path', 'label') if n == 0 else ()) for n, reward in enumerate(trainer.reward_funcs)]
-    trainer.create_model_card = lambda *_, **__: None   # a page of advertisement with local paths
-    return trainer
+    return in_our_order(trainer, config, trainer.args.steps_per_generation)
 
 # %% ../nbs/08d_training.ipynb #c050
 @dataclass(frozen=True)
@@ -581,6 +590,16 @@ def estimate(
     more = (config.images - 1) * (config.image_size // 28)**2   # the tokens of a second picture
     return memory_of(trainer.model, config, trainer.accelerator.num_processes, strategy, 64 + more)
 
+def free_disk(
+    out,             # folder of the run
+    needed: float,   # GiB that will be written
+) -> float:
+    "GiB free where the run will be. Raises `ValueError`, one line, when they are too few."
+    place = next(path for path in [Path(out).absolute(), *Path(out).absolute().parents] if path.exists())
+    disk = shutil.disk_usage(place).free / 2**30
+    if disk < needed: raise ValueError(f'{show_name(out)}: about {needed:.2f} GiB will be written and {disk:.2f} GiB are free; make room or choose another disk')
+    return disk
+
 def needed_disk(
     trainer,   # about to begin
     config,
@@ -604,9 +623,7 @@ def preflight(
     written = sum(path.stat().st_size for path in Path(out).rglob('*') if path.is_file()) / 2**30   # by the run that goes on
     free, needed = free_memory(vlm.device), max(needed_disk(trainer, config) - written, 0.)
     held = sum(p.numel() * p.element_size() for p in trainer.model.parameters()) / 2**30   # is there already
-    place = next(path for path in [Path(out).absolute(), *Path(out).absolute().parents] if path.exists())
-    disk = shutil.disk_usage(place).free / 2**30
-    if disk < needed: raise ValueError(f'{show_name(out)}: about {needed:.2f} GiB will be written and {disk:.2f} GiB are free; make room or choose another disk')
+    disk = free_disk(out, needed)
     if memory and memory['peak'] - held > free:
         raise ValueError(f"about {memory['peak']:.1f} GiB of memory are needed and {free + held:.1f} GiB are there for it; lower micro_batch ({config.micro_batch}), "
                          'generations or max_new_tokens, set gradient_checkpointing, or split the model over several GPUs')
@@ -616,11 +633,12 @@ def preflight(
 # %% ../nbs/08d_training.ipynb #c057
 def speaker(
     main: bool,   # only the main process speaks
+    program: str = 'readl_train',
 ):
     "A function that prints a line on standard error, above the progress bar."
     def say(text):
         if not main: return
-        with tqdm.external_write_mode(file=sys.stderr): print(f'readl_train: {text}', file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(file=sys.stderr): print(f'{program}: {text}', file=sys.stderr, flush=True)
     return say
 
 # %% ../nbs/08d_training.ipynb #c059
@@ -734,13 +752,14 @@ def closing(
     out: Path,   # folder of the run
     config,
     say,
+    what: str = 'image',   # was replaced where it could not be read
 ) -> None:
     "Nothing; says what the whole run should not leave unsaid."
     lines = read_metrics(out)
     reason = len(lines) < WINDOW and flat(lines, config)
     if reason: say(f'warning: {reason}')
     named = sorted({path for line in lines for path in line['unreadable']})
-    if named: say(f"{len(named)} image{'s' * (len(named) > 1)} could not be read and another of the same label stood in: {', '.join(map(show_name, named[:20]))}" + ' ...' * (len(named) > 20))
+    if named: say(f"{len(named)} {what}{'s' * (len(named) > 1)} could not be read and another of the same label stood in: {', '.join(map(show_name, named[:20]))}" + ' ...' * (len(named) > 20))
 
 # %% ../nbs/08d_training.ipynb #c066
 def run(vlm, dataset, out, config, checkpoint, callbacks, processes, say, progress, build, more) -> None:
@@ -789,7 +808,40 @@ def adapter_in(
     return folder
 
 # %% ../nbs/08d_training.ipynb #c074
-#| export
+def this_process(device, more, program='readl_train') -> tuple:
+    "What a training has to know about its process: torch device, `PartialState`, what says a line, and the fields of TRL's settings with those given."
+    device = device_of(device)
+    more = dict(use_cpu=device.type == 'cpu', bf16=device.type == 'cuda', disable_tqdm=True, logging_nan_inf_filter=False, ddp_find_unused_parameters=False,
+                report_to=['tensorboard'] if find_spec('tensorboard') else 'none') | more
+    state = PartialState(cpu=more['use_cpu'])
+    return device, state, speaker(state.is_main_process, program), more
+
+def to_the_end(
+    out: Path,      # folder of the run
+    record: dict,   # of the run
+    steps: int,     # of the whole run
+    prepare,        # function () -> function (checkpoint) that trains from there, or with None from the beginning; called when steps are missing
+    say,
+    ended,          # function (whether the adapter is right) -> what is said about a run that has all its steps; '' for nothing
+    model: str,     # name of the base model
+    adapter=None,   # folder of the adapter that the training began from
+) -> Path:
+    "The folder OUT/adapter, after training or going on with what is in `out`: what every training here has in common."
+    state = PartialState()
+    checkpoint, broken = begin_from(out, record)
+    unfinished = not checkpoint or step_of(checkpoint) < steps
+    if unfinished: train_from = prepare()
+    state.wait_for_everyone()   # everyone has looked before anything changes
+    if state.is_main_process and (unfinished or broken): open_run(out, record, checkpoint, broken, say)
+    state.wait_for_everyone()
+    if unfinished: train_from(checkpoint); checkpoint = last_whole(out)[0]
+    if state.is_main_process:
+        same = same_adapter(out/ADAPTER, checkpoint, adapter)
+        said = '' if unfinished else ended(same)
+        if not same: save_adapter(out, checkpoint, model, adapter)
+        if said: say(f'{show_name(out)} has its {step_of(checkpoint)} steps already: {said}')
+    state.wait_for_everyone()
+    return out/ADAPTER
 
 # %% ../nbs/08d_training.ipynb #c075
 @without_known_warnings()
@@ -808,29 +860,18 @@ def train_on(
     **more,               # further fields of `trl.GRPOConfig`
 ) -> Path:
     "The folder OUT/adapter, after training or going on with what is in `out`: what every training by GRPO here has in common. Raises as `train` does."
-    device, out = device_of(device), Path(out)
-    more = dict(use_cpu=device.type == 'cpu', bf16=device.type == 'cuda', disable_tqdm=True, logging_nan_inf_filter=False, ddp_find_unused_parameters=False,
-                report_to=['tensorboard'] if find_spec('tensorboard') else 'none') | more
-    state = PartialState(cpu=more['use_cpu'])
-    processes, say = state.num_processes, speaker(state.is_main_process)
+    device, state, say, more = this_process(device, more)
+    processes, out = state.num_processes, Path(out)
     arguments(config, out, processes, **more)   # its own sentence when a step does not divide
     if adapter: adapter = adapter_in(adapter)
     images = dataset()
     record = record_of(config, model, images, processes, adapter, opposites)
-    checkpoint, broken = begin_from(out, record)
-    unfinished = not checkpoint or step_of(checkpoint) < config.max_steps
-    if unfinished: vlm = starting_model(model, adapter, device, config)
-    if unfinished and check: check(vlm, images)
-    state.wait_for_everyone()   # everyone has looked before anything changes
-    if state.is_main_process and (unfinished or broken): open_run(out, record, checkpoint, broken, say)
-    state.wait_for_everyone()
-    if unfinished: run(vlm, images, out, config, checkpoint, callbacks, processes, say, progress, build, more); checkpoint = last_whole(out)[0]
-    if state.is_main_process:
-        same = same_adapter(out/ADAPTER, checkpoint, adapter)
-        if not same: save_adapter(out, checkpoint, model, adapter)
-        if not unfinished: say(f"{show_name(out)} has its {step_of(checkpoint)} steps already: {'nothing to do' if same else 'its adapter is made again'}; a larger max_steps goes on")
-    state.wait_for_everyone()
-    return out/ADAPTER
+    def prepare():
+        vlm = starting_model(model, adapter, device, config)
+        if check: check(vlm, images)
+        return lambda checkpoint: run(vlm, images, out, config, checkpoint, callbacks, processes, say, progress, build, more)
+    ended = lambda same: f"{'nothing to do' if same else 'its adapter is made again'}; a larger max_steps goes on"
+    return to_the_end(out, record, config.max_steps, prepare, say, ended, model, adapter)
 
 # %% ../nbs/08d_training.ipynb #c076
 def train(

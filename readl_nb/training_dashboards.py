@@ -31,12 +31,13 @@ from PIL import Image
 from plotly.subplots import make_subplots
 from scipy.ndimage import binary_erosion
 
-from .dashboards import Region, draw_in, release, with_boxes
+from .dashboards import draw_in, release, with_boxes
 from .grpo import CGROConfig
 from .images import one_line, read_image, show_name
 from .inspection import Inspection, assemble, data_uri, finite, fit, pieces
 from .attention import capture
 from .models import Prompt, Response, fitted, load_vlm, parse_response
+from .reasoning import Box
 from .rewards import Consistency, consistency_reward, supports, top_tokens
 from .training import METRICS, RECORD, checkpoints, chosen, clock, damage, step_of
 from .viewer import TokenViewer
@@ -146,9 +147,9 @@ def why_less(
 
 def boxes_in(
     text: str,   # {'bbox_2d': [x1, y1, x2, y2], 'label': ...}, ... as the run stored it; untrusted
-) -> list[Region]:
+) -> list[Box]:
     "The boxes written in a column of the completions; none where the text is not such a list."
-    try: return [Region(tuple(map(float, box['bbox_2d'])), str(box['label'])) for box in ast.literal_eval(f'[{text[:20_000]}]')]
+    try: return [Box(*map(float, box['bbox_2d']), str(box['label'])) for box in ast.literal_eval(f'[{text[:20_000]}]')]
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError): return []
 
 # %% ../nbs/12b_training_dashboards.ipynb #c019

@@ -1,9 +1,10 @@
 "What has to hold for the reinforcement learning of Anomaly-R1: killed at any moment it goes on as the same run, groups are changed and counted, the switches switch."
-import json, shutil, subprocess, sys, time
+import json, shutil, subprocess, sys
 import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, load_from_disk
+from helpers import adapter, half_a_checkpoint, kill_when, steps
 from readl_nb.anomaly_r1 import AnomalyR1Config, Contrast, anomaly_data, train_anomaly_r1
 from readl_nb.boxes import as_dicts, mask_boxes
 from readl_nb.explanations import from_masks
@@ -41,7 +42,6 @@ def made(tmp_path_factory):
     (folder/'said.txt').write_text(done.stderr)
     return folder
 
-def steps(out): return [{name: value for name, value in line.items() if name != 'seconds'} for line in read_metrics(out)]
 def completions(out): return {path.name: path.read_bytes() for path in (out/'completions').iterdir()}
 
 def test_a_whole_run_leaves_what_it_promises(made):
@@ -53,25 +53,15 @@ def test_a_whole_run_leaves_what_it_promises(made):
     assert (table['origin'] == 'verified').sum() == 6 and (table['result'][table['origin'] == 'verified'] == 1).all() and set(table['origin']) <= {'sampled', 'verified', 'opposite'}
     assert all(line['groups/verified'] == 1 for line in lines)
 
-HALF = f'''
-import time, transformers
-whole = transformers.Trainer._save_rng_state
-def half(self, folder): time.sleep(900) if self.state.global_step == 4 else whole(self, folder)
-transformers.Trainer._save_rng_state = half
-{CODE}'''
-
-@pytest.mark.parametrize('code, moment', [(CODE, lambda out: (out/'run.json').exists()), (CODE, lambda out: len(read_metrics(out)) >= 1), (HALF, lambda out: any((out/'checkpoint-4').glob('optimizer.pt')))],
+@pytest.mark.parametrize('code, moment', [(CODE, lambda out: (out/'run.json').exists()), (CODE, lambda out: len(read_metrics(out)) >= 1), (half_a_checkpoint(4, CODE), lambda out: any((out/'checkpoint-4').glob('optimizer.pt')))],
                          ids=['before a checkpoint', 'within a rollout', 'within a checkpoint'])
 def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path, code, moment):
     out = tmp_path/'run'
-    process = subprocess.Popen(command(made, out, code, max_steps=600), stderr=subprocess.DEVNULL)
-    deadline = time.time() + 600
-    while not moment(out) and process.poll() is None and time.time() < deadline: time.sleep(.02)
-    process.kill(); killed = process.wait() == -9
-    assert killed and moment(out) and len(read_metrics(out)) < 3
+    kill_when(lambda: moment(out), command(made, out, code, max_steps=600), limit=600)
+    assert len(read_metrics(out)) < 3
     train_anomaly_r1(load_from_disk(made/'texts'), out, AnomalyR1Config(**SETTINGS), device='cpu', progress=False)
     assert steps(out) == steps(made/'run') and completions(out) == completions(made/'run')
-    assert (out/'adapter'/'adapter_model.safetensors').read_bytes() == (made/'run'/'adapter'/'adapter_model.safetensors').read_bytes()
+    assert adapter(out) == adapter(made/'run')
     assert [path.name for path in checkpoints(out)] == ['checkpoint-4', 'checkpoint-6']
 
 def test_without_contrastive_sampling_groups_stay_as_they_were(made, tmp_path):

@@ -499,6 +499,10 @@ inspection""" % (str(ROOT/'tests/tools'), str(PHOTO), str(MASK)),
 'lab': "lab = threshold_lab([inspection, inspect_image(%r)], masks=[mask, None])\nlab" % str(ROOT/'sample_data/metal/test/good/000.jpg'),
 'thresholds': "print(json.dumps([lab.config.tau_t, lab.config.alpha]))",
 'pictures': "pictures = dataset_browser(%r, page_size=6)\npictures" % str(ROOT/'sample_data'),
+'explained': """from datasets import Dataset
+explained = dataset_browser(Dataset.from_list([dict(path=%r, reference=%r, label=1, category='metal', defect='scratch', split='test', image_size=420,
+    boxes=[{'bbox_2d': [100, 120, 220, 300], 'label': 'scratch'}], text='<think>There is a scratch.</think><answer>Yes.</answer>', source='masks')]))
+explained""" % (str(PHOTO), str(ROOT/'sample_data/metal/test/good/000.jpg')),
 'monitor': """os.makedirs('run', exist_ok=True); open('run/metrics.jsonl', 'w').close()
 def step(number):
     with open('run/metrics.jsonl', 'a') as file: print(json.dumps(dict(step=number, reward=number/8, loss=.5, seconds=1.)), file=file)
@@ -507,7 +511,7 @@ monitor = training_monitor('run', seconds=.2)
 monitor""",
 'step': "step(2)",
 'missing': "missing = VBox([threshold_lab('no/such/folder'), dataset_browser('no/such/folder'), training_monitor('no/such/run'), reward_inspector('no/such/run')])\nmissing"}
-CELLS |= {f'close {name}': f'{name}.close()' for name in ('viewer', 'hostile', 'lab', 'pictures', 'monitor')} | {'close missing': 'for one in [*missing.children, missing]: one.close()'}
+CELLS |= {f'close {name}': f'{name}.close()' for name in ('viewer', 'hostile', 'lab', 'pictures', 'explained', 'monitor')} | {'close missing': 'for one in [*missing.children, missing]: one.close()'}
 NUMBER = {name: number for number, name in enumerate(CELLS)}
 
 @pytest.fixture(scope='module')
@@ -635,6 +639,16 @@ def test_dataset_browser_filters_and_opens_an_image(lab):
         count = cell.locator('img').count()
         cell.locator('.thumbnail').nth(1).click()
         expect(cell.locator('img')).not_to_have_count(count, timeout=20_000)
+
+def test_explanations_show_reference_boxes_and_hint(lab):
+    with shown(lab, 'explained') as cell:
+        picture = cell.locator('.thumbnail img').first; picture.wait_for(); outlined = picture.get_attribute('src')
+        cell.get_by_role('checkbox', name='hints').check()
+        expect(picture).not_to_have_attribute('src', outlined, timeout=20_000)
+        cell.locator('.thumbnail').first.click()
+        expect(cell.get_by_alt_text('its normal reference')).to_be_visible(timeout=20_000)
+        expect(cell.get_by_alt_text('the image, boxes drawn')).to_be_visible()
+        expect(cell.get_by_text('scratch at [100, 120, 220, 300]')).to_be_visible()
 
 def test_training_monitor_follows_a_run(lab):
     with shown(lab, 'monitor') as cell:

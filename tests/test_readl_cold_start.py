@@ -1,7 +1,8 @@
 "What has to hold for `readl_cold_start` as a user runs it: killed, damaged, spread over two processes or misused, it ends with the same adapter or says why not in one sentence."
-import json, math, shutil, subprocess, sys, time
+import json, math, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from helpers import adapter, contents, copy_samples, flip_a_bit, half_a_checkpoint, kill_when, small_disk, steps
 from readl_nb.anomaly_commands import readl_cold_start
 from readl_nb.explanations import explain
 from readl_nb.training import checkpoints, last_whole, read_metrics
@@ -14,12 +15,7 @@ SETTINGS = 'batch_size: 2\nmicro_batch: 1\nmax_steps: 4\nsave_steps: 1\nlearning
 def made(tmp_path_factory, root):
     "A folder with images, texts, settings, and a run of four steps that nobody disturbed."
     folder = tmp_path_factory.mktemp('cold start')
-    for category in ('brick', 'leather'):
-        images = sorted((root/'sample_data'/category).glob('t*/*/*.jpg'))   # train and test
-        good, bad = [p for p in images if p.parent.name == 'good'][:3], [p for p in images if p.parent.name != 'good'][:2]
-        masks = [p.parents[2]/'ground_truth'/p.parent.name/f'{p.stem}_mask.png' for p in bad]
-        for path in good + bad + masks:
-            place = folder/'data'/path.relative_to(root/'sample_data'); place.parent.mkdir(parents=True, exist_ok=True); shutil.copy(path, place)
+    copy_samples(root, folder/'data', good=3, bad=2, masks=True)
     explain(folder/'data', folder/'texts', progress=False)
     (folder/'settings.yaml').write_text(SETTINGS)
     done = subprocess.run(command(folder, folder/'run'), capture_output=True, text=True, timeout=400)
@@ -34,10 +30,6 @@ def here(capsys, made, out, *more, **options):
     "Exit code and standard error of the command, in this process."
     capsys.readouterr(); code = readl_cold_start(command(made, out, *more, start=[], **options))
     return code, capsys.readouterr().err
-
-def steps(out): return [{name: value for name, value in line.items() if name != 'seconds'} for line in read_metrics(out)]
-def contents(folder): return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
-def adapter(out): return (out/'adapter'/'adapter_model.safetensors').read_bytes()
 
 def test_a_whole_run_leaves_what_it_promises(made):
     out, told = made/'run', (made/'said.txt').read_text()
@@ -55,47 +47,34 @@ def test_the_adapter_loads_and_changes_the_answers(made):
     before, after = (float(token_losses(load_vlm(adapter=each, device='cpu'), row, ColdStartConfig())[0].mean()) for each in (None, str(made/'run'/'adapter')))
     assert after < before
 
-# A checkpoint takes milliseconds; here its second half never comes.
-HALF = f"""
-import time, transformers
-whole = transformers.Trainer._save_rng_state
-def half(self, folder): time.sleep(600) if self.state.global_step == 2 else whole(self, folder)
-transformers.Trainer._save_rng_state = half
-{CODE}"""
 SLOW = f"""
 import time, transformers
 whole = transformers.Trainer.training_step
 def slow(self, *a, **k): time.sleep(.5); return whole(self, *a, **k)
 transformers.Trainer.training_step = slow
 {CODE}"""
-half_a_checkpoint = lambda out: any((out/'checkpoint-2').glob('optimizer.pt'))
 
 @pytest.mark.parametrize('code, moment, sentence', [
     (SLOW, lambda out: (out/'run.json').exists(), None), (SLOW, lambda out: len(read_metrics(out)) >= 2, 'goes on from checkpoint-'),
-    (HALF, half_a_checkpoint, 'checkpoint-2 is not used: it is unfinished; it is removed and the run goes on from checkpoint-1')], ids=['before a checkpoint', 'after line 2', 'within a checkpoint'])
+    (half_a_checkpoint(2, CODE), lambda out: any((out/'checkpoint-2').glob('optimizer.pt')), 'checkpoint-2 is not used: it is unfinished; it is removed and the run goes on from checkpoint-1')], ids=['before a checkpoint', 'after line 2', 'within a checkpoint'])
 def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path, capsys, code, moment, sentence):
     out = tmp_path/'run'
-    process = subprocess.Popen(command(made, out, start=[sys.executable, '-c', code]), stderr=subprocess.DEVNULL)
-    deadline = time.time() + 300
-    while not moment(out) and process.poll() is None and time.time() < deadline: time.sleep(.02)
-    process.kill(); killed = process.wait() == -9
-    assert killed and moment(out) and len(read_metrics(out)) < 4, 'it was not killed at the moment that was meant'
+    kill_when(lambda: moment(out), command(made, out, start=[sys.executable, '-c', code]))
+    assert len(read_metrics(out)) < 4
     assert sentence or not checkpoints(out)
     status, error = here(capsys, made, out)
     assert status == 0 and (sentence in error if sentence else 'checkpoint' not in error), error
     assert steps(out) == steps(made/'run') and adapter(out) == adapter(made/'run')
 
 def test_damaged_newest_checkpoint_the_one_before_is_used(made, tmp_path, capsys):
-    out = Path(shutil.copytree(made/'run', tmp_path/'run')); file = out/'checkpoint-4'/'optimizer.pt'
-    content = bytearray(file.read_bytes()); content[len(content) // 2] ^= 1; file.write_bytes(content)
+    out = Path(shutil.copytree(made/'run', tmp_path/'run')); flip_a_bit(out/'checkpoint-4'/'optimizer.pt')
     code, error = here(capsys, made, out)
     assert code == 0 and 'checkpoint-4 is not used: optimizer.pt is damaged' in error and 'goes on from checkpoint-3' in error, error
     assert steps(out) == steps(made/'run') and adapter(out) == adapter(made/'run')
 
 def test_full_disk_keeps_the_checkpoint_before(made, tmp_path):
     out = Path(shutil.copytree(made/'run', tmp_path/'run')); shutil.rmtree(out/'checkpoint-4'); shutil.rmtree(out/'adapter'); before = contents(out/'checkpoint-3')
-    small = [sys.executable, '-c', f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); {CODE}']   # the optimizer's file is larger
-    done = subprocess.run(command(made, out, start=small), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(made, out, start=[sys.executable, '-c', small_disk(CODE)]), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-3000:]
     assert 'checkpoint-4 could not be saved' in done.stderr and 'checkpoint-3 is kept' in done.stderr
     assert contents(out/'checkpoint-3') == before and last_whole(out) == (out/'checkpoint-3', [])

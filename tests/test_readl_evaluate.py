@@ -1,9 +1,10 @@
 "What has to hold for `readl_evaluate` and `readl_datasets` as a user runs them: killed, started on two processes, given broken images or the folder of another model, the numbers are the same or one sentence says why not."
-import json, shutil, subprocess, sys, threading, time
+import json, shutil, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pandas as pd
 import pytest
+from helpers import kill_when
 from readl_nb.commands import answerer_of, evaluate_parser, readl_datasets, readl_evaluate
 from readl_nb.evaluation import load_results
 from readl_nb.scaling import launch_file
@@ -74,10 +75,7 @@ def test_again_nothing_is_asked_and_the_numbers_are_the_same(made, capsys, monke
 
 def test_killed_it_goes_on_nothing_lost_and_nothing_twice(made, tmp_path, capsys):
     out = tmp_path/'run'
-    process = subprocess.Popen(command(made, out, '--batch-size', 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 200
-    while len(stamps(out)) < 2 and process.poll() is None and time.time() < deadline: time.sleep(.005)
-    process.kill(); assert process.wait() == -9
+    kill_when(lambda: len(stamps(out)) >= 2, command(made, out, '--batch-size', 1))
     before = stamps(out)
     assert 2 <= len(before) < 6, 'it was not killed in the middle'
     code, said, error = here(capsys, made, out, '--json')
@@ -258,10 +256,7 @@ def test_table_4_style_rows(paired):
 
 def test_killed_with_references_it_goes_on_with_the_same_samples(paired, tmp_path, capsys):
     out = tmp_path/'run'
-    process = subprocess.Popen(command(paired, out, *ASKED), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 600
-    while len(stamps(out)) < 1 and process.poll() is None and time.time() < deadline: time.sleep(.005)
-    process.kill(); assert process.wait() == -9
+    kill_when(lambda: stamps(out), command(paired, out, *ASKED), limit=600)
     before = stamps(out)
     assert 1 <= len(before) < 5, 'it was not killed in the middle'
     code, said, error = here(capsys, paired, out, *ASKED)

@@ -1,11 +1,12 @@
 "What has to hold for `readl_explain` as a user runs it: killed or left by its server, it goes on and asks nothing twice; bad input is one sentence."
-import json, re, shutil, subprocess, sys, threading, time
+import gc, json, re, shutil, sys, threading, warnings
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
 from PIL import Image
+from helpers import kill_when
 from readl_nb.anomaly_commands import readl_explain
 from readl_nb.explanations import read_explanations
 
@@ -47,12 +48,14 @@ def test_every_image_gets_a_verified_text(data, made):
     statistics = json.loads((made/'statistics.json').read_text())
     assert (statistics['verified'], statistics['images'], statistics['rejected']) == (26, 26, 0)
 
+def test_tables_lie_beside_the_texts(made):
+    tables = json.loads((made/'tables.json').read_text())
+    assert [(row['category'], row['images'], row['anomalous']) for row in tables['table_1']] == [('brick', 13, 7), ('leather', 13, 7), ('SUM', 26, 14)]
+    assert tables['table_3'][-1]['images'] == 26 and tables['table_3'][-1]['text tokens'] == sum(read_explanations(made)['tokens']) == tables['table_1'][-1]['text_tokens']
+
 def test_killed_it_goes_on_and_ends_with_the_same_texts(data, made, tmp_path, capsys):
     out = tmp_path/'texts'
-    process = subprocess.Popen([sys.executable, '-c', SLOW, '--data', str(data), '--out', str(out)], stderr=subprocess.DEVNULL)
-    deadline = time.time() + 200
-    while not ((out/'explanations.jsonl').exists() and len(lines(out)) >= 5) and process.poll() is None and time.time() < deadline: time.sleep(.02)
-    process.kill(); assert process.wait() == -9
+    kill_when(lambda: (out/'explanations.jsonl').exists() and len(lines(out)) >= 5, [sys.executable, '-c', SLOW, '--data', str(data), '--out', str(out)])
     before = lines(out); assert 5 <= len(before) < 26
     with open(out/'explanations.jsonl', 'a') as file: file.write(before[0][:50])   # as if it had been killed within a line
     code, said = here(capsys, '--data', data, '--out', out)
@@ -113,6 +116,24 @@ def test_refused_requests_get_one_more_turn_and_then_stay_open(data, tmp_path, c
     with serving(lambda n, body: (200, NORMAL)) as (url, asked): code, said = here(capsys, *endpoint(data, out, url), '--max-tries', 1, '--limit', 6)
     assert code == 0 and len(asked) == 1 and 'open' not in said, said
 
+def test_pictures_that_the_server_never_takes_do_not_hold_up_the_others(data, tmp_path, capsys):
+    out, refused = tmp_path/'texts', []
+    def answer(n, body):
+        picture = body['messages'][-1]['content'][1]['image_url']['url']
+        if len(refused) < 4 and picture not in refused: refused.append(picture)
+        return (400, 'no such picture') if picture in refused else (200, NORMAL)
+    with serving(answer) as (url, asked): code, said = here(capsys, *endpoint(data, out, url), '--max-tries', 1, '--limit', 7)
+    counted = json.loads((out/'statistics.json').read_text())
+    assert code == 1 and '4 are open; the same command goes on' in said and (counted['open'], counted['texts']) == (4, 3) and len(asked) == 11, said
+
+def test_counts_are_of_the_images_asked_for(data, tmp_path, capsys):
+    out = tmp_path/'texts'
+    with serving(lambda n, body: (200, NORMAL)) as (url, asked):
+        for limit in (8, 2):
+            here(capsys, *endpoint(data, out, url), '--max-tries', 1, '--limit', limit)
+            counted = json.loads((out/'statistics.json').read_text())
+            assert counted['images'] == limit == counted['texts'] == counted['verified'] + counted['given_up'] and counted['rejected'] == counted['given_up'] == counted['reasons']['answer']
+
 def truth(n, body):
     "What the strong model would say that is told the truth: the boxes of its hint."
     marks = [dict(bbox_2d=[int(value) for value in found[2].split(',')], label=found[1]) for found in re.finditer(r'([a-z ]+) at \[([\d, ]+)\]', body['messages'][-1]['content'][-1]['text'].partition(': ')[2])]
@@ -160,6 +181,22 @@ def test_unreadable_reference_skips_its_rows(data, tmp_path, capsys):
     out = explain(Dataset.from_list(rows), tmp_path/'given', progress=False)
     assert len((out/'skipped.jsonl').read_text().splitlines()) == len(rows) and 'its reference cannot be used' in (out/'skipped.jsonl').read_text()
 
+def test_one_file_of_normals_elsewhere(data, tmp_path, capsys):
+    shutil.copy(next((data/'brick').rglob('train/good/*')), tmp_path/'one.jpg')
+    code, said = here(capsys, '--data', data, '--out', tmp_path/'texts', '--normals', tmp_path/'one.jpg', '--limit', 6)
+    assert code == 0 and '6 of 6' in said, said
+    assert set(read_explanations(tmp_path/'texts')['reference']) == {str(tmp_path/'one.jpg')}
+
+def test_an_image_is_not_compared_with_itself(data, tmp_path):
+    from datasets import Dataset
+    from readl_nb.datasets import labelled
+    from readl_nb.explanations import explain
+    first, second, *rest = [row for row in labelled(data).to_list() if row['label']]
+    shutil.copy(second['path'], tmp_path/'copy.jpg')
+    rows = [first | dict(reference=first['path']), second | dict(reference=str(tmp_path/'copy.jpg')), rest[0] | dict(reference=first['path'])]
+    out = explain(Dataset.from_list(rows), tmp_path/'texts', progress=False); counted = json.loads((out/'statistics.json').read_text())
+    assert (counted['verified'], counted['skipped'], counted['open']) == (1, 2, 0) and list(counted['skipped_because'].values()) == [2] and 'the very same picture' in str(counted['skipped_because'])
+
 def test_reference_of_another_size_is_shown_at_the_size_of_the_model(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path/'data')
     for path in (tmp_path/'data').glob('*/t*/good/*.jpg'): Image.open(path).resize((300, 200)).save(path)
@@ -181,6 +218,16 @@ def test_out_is_a_file_and_a_folder_that_is_not_utf8(data, tmp_path, capsys):
     code, said = here(capsys, '--data', data, '--out', tmp_path/'file'); assert code == 1 and 'it is a file; give a folder' in said and said.count('readl_explain:') == 1
     odd = tmp_path/'bad\udcff'; shutil.copytree(data, odd)
     code, said = here(capsys, '--data', odd, '--out', tmp_path/'texts'); assert code == 1 and 'is not UTF-8; rename it' in said and said.count('readl_explain:') == 1, said
+
+def test_folder_that_cannot_be_written_is_free_again(data, tmp_path, capsys):
+    out = tmp_path/'texts'; assert here(capsys, '--data', data, '--out', out, '--limit', 1)[0] == 0
+    (out/'failed.jsonl').unlink(); (out/'failed.jsonl').mkdir()   # the last of its files cannot be opened
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        for _ in range(2): code, said = here(capsys, '--data', data, '--out', out, '--limit', 2); assert code == 1 and 'no explanations can be written there' in said, said   # not: another process
+        gc.collect()
+    assert not [each for each in told if 'explanations.jsonl' in str(each.message)]   # what was open is closed
+    (out/'failed.jsonl').rmdir(); assert here(capsys, '--data', data, '--out', out, '--limit', 2)[0] == 0
 
 def test_folder_with_something_else(data, made, tmp_path, capsys):
     (tmp_path/'notes.txt').write_text('mine')

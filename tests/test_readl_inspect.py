@@ -264,5 +264,11 @@ def test_references_that_cannot_be_used_are_one_sentence(runs, tmp_path, referen
     done = subprocess.run([*COMMAND, 'fine.png', '--reference', reference], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == '' and len(messages(done.stderr)) == 1 and sentence in messages(done.stderr)[0] and 'Traceback' not in done.stderr, done.stderr
 
+def test_a_labelled_folder_gives_only_its_normal_images(tmp_path):
+    from readl_nb.commands import references_for
+    folder = Path(__file__).parent.parent/'sample_data'/'brick'
+    found = references_for(sorted(map(str, folder.glob('test/*/*.jpg'))), str(folder), tmp_path)
+    assert len(found) >= 5 and {Path(path).parent.name for path in found} == {'good'}
+
 def test_wrong_sampling_ends_with_2():
     assert quick('x.png', '--min-p', '1').returncode == quick('x.png', '--min-p', '-.1').returncode == 2

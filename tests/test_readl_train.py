@@ -1,7 +1,8 @@
 "What has to hold for `readl_train` as a user runs it: killed, out of disk, damaged or misused, it goes on or says why not in one sentence."
-import json, math, shutil, subprocess, sys, time
+import json, math, shutil, subprocess, sys
 from pathlib import Path
 import pytest
+from helpers import adapter, contents, copy_samples, flip_a_bit, half_a_checkpoint, kill_when, small_disk, steps
 from readl_nb.commands import readl_train
 from readl_nb.training import checkpoints, damage, last_whole, read_metrics, seal
 
@@ -13,11 +14,7 @@ SETTINGS = 'prompts_per_step: 2\ngenerations: 2\nmax_new_tokens: 48\nsave_steps:
 def made(tmp_path_factory, root):
     "A folder with data (two categories, eight images), settings, and a run of four steps that nobody disturbed."
     folder = tmp_path_factory.mktemp('train')
-    for category in ('brick', 'leather'):
-        images = sorted((root/'sample_data'/category/'test').glob('*/*.jpg'))
-        good, bad = [p for p in images if p.parent.name == 'good'][:2], [p for p in images if p.parent.name != 'good'][:2]
-        for path in good + bad:
-            place = folder/'data'/path.relative_to(root/'sample_data'); place.parent.mkdir(parents=True, exist_ok=True); shutil.copy(path, place)
+    copy_samples(root, folder/'data', good=2, bad=2)
     (folder/'settings.yaml').write_text(SETTINGS)
     done = subprocess.run(command(folder, folder/'run'), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -32,9 +29,7 @@ def here(capsys, made, out, *more, **options):
     capsys.readouterr(); code = readl_train(command(made, out, *more, start=[], **options))
     return code, capsys.readouterr().err
 
-def steps(out): return [{name: value for name, value in line.items() if name != 'seconds'} for line in read_metrics(out)]
 def said(out): return [(out/'completions'/f'completions_{n:05}.parquet').read_bytes() for n in range(1, 5)]
-def contents(folder): return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 def copy(made, tmp_path): return Path(shutil.copytree(made/'run', tmp_path/'run'))
 
 def test_a_whole_run_leaves_what_it_promises(made):
@@ -52,34 +47,21 @@ def test_tensorboard_shows_the_run_where_it_is_installed(made):
     pytest.importorskip('tensorboard')
     assert list((made/'run').rglob('events.out.tfevents*'))
 
-# A checkpoint takes milliseconds; here its second half never comes.
-HALF = f"""
-import time, transformers
-whole = transformers.Trainer._save_rng_state
-def half(self, folder): time.sleep(600) if self.state.global_step == 2 else whole(self, folder)
-transformers.Trainer._save_rng_state = half
-{CODE}"""
-half_a_checkpoint = lambda out: any((out/'checkpoint-2').glob('optimizer.pt'))
-
 @pytest.mark.parametrize('code, moment, sentence', [
     (CODE, lambda out: (out/'run.json').exists(), None), (CODE, lambda out: len(read_metrics(out)) >= 2, 'goes on from checkpoint-'),
-    (HALF, half_a_checkpoint, 'checkpoint-2 is not used: it is unfinished; it is removed and the run goes on from checkpoint-1')], ids=['before a checkpoint', 'after line 2', 'within a checkpoint'])
+    (half_a_checkpoint(2, CODE), lambda out: any((out/'checkpoint-2').glob('optimizer.pt')), 'checkpoint-2 is not used: it is unfinished; it is removed and the run goes on from checkpoint-1')], ids=['before a checkpoint', 'after line 2', 'within a checkpoint'])
 def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path, capsys, code, moment, sentence):
     out = tmp_path/'run'
-    process = subprocess.Popen(command(made, out, '--max-steps', 400, start=[sys.executable, '-c', code]), stderr=subprocess.DEVNULL)   # longer than anyone waits
-    deadline = time.time() + 200
-    while not moment(out) and process.poll() is None and time.time() < deadline: time.sleep(.02)
-    process.kill(); killed = process.wait() == -9
-    assert killed and moment(out) and len(read_metrics(out)) < 4, 'it was not killed at the moment that was meant'
+    kill_when(lambda: moment(out), command(made, out, '--max-steps', 400, start=[sys.executable, '-c', code]))   # longer than anyone waits
+    assert len(read_metrics(out)) < 4
     assert sentence or not checkpoints(out)
     status, error = here(capsys, made, out)
     assert status == 0 and (sentence in error if sentence else 'checkpoint' not in error), error
     assert steps(out) == steps(made/'run') and said(out) == said(made/'run')
-    assert (out/'adapter'/'adapter_model.safetensors').read_bytes() == (made/'run'/'adapter'/'adapter_model.safetensors').read_bytes()
+    assert adapter(out) == adapter(made/'run')
 
 def test_damaged_newest_checkpoint_the_one_before_is_used(made, tmp_path, capsys):
-    out = copy(made, tmp_path); file = out/'checkpoint-4'/'optimizer.pt'
-    content = bytearray(file.read_bytes()); content[len(content) // 2] ^= 1; file.write_bytes(content)
+    out = copy(made, tmp_path); flip_a_bit(out/'checkpoint-4'/'optimizer.pt')
     code, error = here(capsys, made, out)
     assert code == 0 and 'checkpoint-4 is not used: optimizer.pt is damaged' in error and 'goes on from checkpoint-3' in error, error
     assert steps(out) == steps(made/'run') and said(out) == said(made/'run')
@@ -94,8 +76,7 @@ def test_only_damaged_checkpoints_nothing_is_thrown_away(made, tmp_path, capsys)
 
 def test_full_disk_keeps_the_checkpoint_before(made, tmp_path):
     out = copy(made, tmp_path); before = contents(out/'checkpoint-4')
-    small = [sys.executable, '-c', f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)); {CODE}']   # the optimizer's file is larger
-    done = subprocess.run(command(made, out, '--max-steps', 5, start=small), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command(made, out, '--max-steps', 5, start=[sys.executable, '-c', small_disk(CODE)]), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and 'Traceback' not in done.stderr, done.stderr[-3000:]
     assert 'checkpoint-5 could not be saved' in done.stderr and 'checkpoint-4 is kept' in done.stderr
     assert not (out/'checkpoint-5').exists() and contents(out/'checkpoint-4') == before and last_whole(out) == (out/'checkpoint-4', [])
