@@ -75,7 +75,7 @@ def cold_start_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add('--data', required=True, metavar='DIR', help='folder of the texts, made by readl_explain')
     add('--out', required=True, metavar='DIR', help='folder of the run: metrics.jsonl, checkpoints, adapter')
-    add('--model', default='readl-tiny', metavar='M', help='a Qwen2.5-VL: folder or hub name (default: the embedded readl-tiny)')
+    add('--model', default='readl-tiny-boxes', metavar='M', help='a Qwen2.5-VL: folder or hub name (default: the embedded readl-tiny-boxes)')
     add('--config', metavar='FILE', help='YAML with settings, or readl_tiny (default for the models of this package: readl_tiny; for others: those of the paper)')
     add('--epochs', type=at_least(0, float), metavar='N', help='times each text is shown')
     add('--max-steps', type=at_least(1, int), metavar='N', help='steps in all, whatever --epochs says')

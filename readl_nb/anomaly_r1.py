@@ -30,7 +30,7 @@ from .explanations import from_masks, knowledge_of, prompt_of, read_explanations
 from .grpo import build_trainer, check_groups, need_in, spoken
 from .images import show_name
 from .inspection import choice, config_table
-from .models import EMBEDDED, VLM, Prompt, as_response, end_token_ids, parse_response
+from .models import BOXES, VLM, Prompt, as_response, end_token_ids, parse_response
 from .rewards import accuracy_reward, is_anomalous
 from .training import FittedImages, speaker, train_on
 
@@ -116,12 +116,12 @@ class AnomalyR1Config:
     mini_batch: int = choice(8, 'prompts of an update, Appendix D: 4 updates a rollout', '1 or more; equal to prompts_per_step: one update a rollout')
     epsilon: float = choice(.2, 'clipping in Eq. 1, section 5.1', '0 to 1')
     beta: float = choice(.001, 'weight of the KL term in Eq. 1, section 5.1; it is taken to the policy after the cold start', '0: no reference pass')
-    learning_rate: float = choice(2e-6, 'section 5.1', '1e-4 for readl-tiny: the smaller the model, the larger')
+    learning_rate: float = choice(2e-6, 'section 5.1', '1e-4 for readl-tiny-boxes: the smaller the model, the larger')
     warmup: float = choice(.1, 'share of all updates, Appendix D; constant afterwards', '0 to 1; with 0 a longer training is the same training going on')
     weight_decay: float = choice(.01, 'Appendix D', '0 or more')
     temperature: float = choice(1., 'Appendix D', 'above 1 when the groups of G come out all the same')
     max_prompt: int = choice(2048, 'tokens of a prompt at most, pictures included, Appendix D', 'longer ones are refused before the training, never cut')
-    max_new_tokens: int = choice(512, 'Appendix D; a verified text that is longer is not used', '160 for readl-tiny-boxes')
+    max_new_tokens: int = choice(512, 'Appendix D; a verified text that is longer is not used', '256 for readl-tiny-boxes')
     lora_rank: int = choice(16, 'of the cold start, section 5.1; unpublished for this phase', '1 or more')
     lora_alpha: int = choice(16, 'of the cold start, Appendix D', 'above 0')
     max_steps: int = choice(400, 'updates; unpublished', 'a multiple of the updates a rollout')
@@ -201,12 +201,12 @@ def anomaly_data(
     missing = set(COLUMNS) - (set() if config.reference else {'reference'}) - set(given.column_names)
     if missing: raise ValueError(f'the explanations have no column {" and ".join(sorted(missing))}; make them with readl_explain')
     known, rows, left_out = knowledge_of(given) if config.knowledge else None, [], Counter()
-    for row in tqdm(given.select_columns([name for name in COLUMNS if name in given.column_names]), 'explanations', delay=5, file=sys.stderr):
+    for row in tqdm(given.select_columns([name for name in (*COLUMNS, 'source') if name in given.column_names]), 'explanations', delay=5, file=sys.stderr):
         told = knowledge_prompt(row['category'], known.get(row['category'], ())) if config.knowledge else ''
-        row |= dict(verified=target_of(row, config.reasoning), knowledge=told, prompt=spoken(prompt_of(row, config.reference, told)), reference=row.get('reference') or '' if config.reference else '')
+        row |= dict(verified=target_of(row, config.reasoning, config.reference), knowledge=told, prompt=spoken(prompt_of(row, config.reference, told)), reference=row.get('reference') or '' if config.reference else '')
         why = unusable(row, config)
         if why: left_out[why] += 1
-        else: rows.append({name: value for name, value in row.items() if name not in ('text', 'image_size')})
+        else: rows.append({name: value for name, value in row.items() if name not in ('text', 'image_size', 'source')})
     if left_out and not rows: raise ValueError(f'nothing can be learnt from any of the {len(given)} explanations: {left_out.most_common(1)[0][1]} with {left_out.most_common(1)[0][0]}')
     if left_out: say(f'{left_out.total()} of {len(given)} explanations are left out: ' + ', '.join(f'{count} with {why}' for why, count in left_out.most_common()))
     if len(rows) < config.prompts_per_step: raise ValueError(f'{len(rows)} explanations are fewer than the {config.prompts_per_step} of one rollout: lower prompts_per_step or give more')
@@ -367,7 +367,7 @@ def train_anomaly_r1(
     data,                      # a folder that `explanations.explain` wrote, or a Dataset of that schema
     out,                       # folder of the run, made when it is not there
     config=AnomalyR1Config(),
-    model: str=EMBEDDED,       # as `load_vlm` takes it
+    model: str=BOXES,       # as `load_vlm` takes it
     adapter=None,              # folder of a cold start or of its adapter; None begins from the model itself
     device: str | None=None,   # 'cpu', 'cuda', ...; None takes the GPU when there is one, under `accelerate launch` that of the process
     opposite=None,             # who writes wrong responses: function (rows, prompts) -> texts, or an `answers.Endpoint` or `LocalModel`; None: as config.opposite says

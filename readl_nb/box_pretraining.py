@@ -261,12 +261,12 @@ class BoxPretrainConfig:
     model: str = EMBEDDED # where it begins
     extra_layers: tuple[int, ...] = (2, 5) # their places in the deeper model, see `deepen`; () for a model that has its six already
     images: int = 8000 # generated images, each under four flips
-    steps: int = 3400
+    steps: int = 3150
     batch: int = 32 # prompts a step; half as many when they show two images
     lr: float = 2e-3 # of Muon (matrices) and AdamW (the rest) after warm-up
     warmup: int = 60 # steps
     decay: float = .4 # last part of the steps in which the rate falls to zero
-    parts: tuple[float, ...] = (.17, .68, 1.) # where the parts of the training end, as shares of the steps
+    parts: tuple[float, ...] = (.18, .73, 1.) # where the parts of the training end, as shares of the steps
     shares: tuple[tuple[float, ...], ...] = ((.85, 0., .15, 0., 0.), (.40, .45, .15, 0., 0.), (.15, .15, .12, .20, .38)) # in each, of the lessons in the order of `PROMPTS`
     helpers: float = .3 # weight of the three easier questions; 0: they are not asked
     bfloat16: bool = True # autocast, in the tower and in training
@@ -488,9 +488,9 @@ def box_evaluation_samples(
 def read_box_answer(
     text: str, # an answer to a box lesson; untrusted
 ) -> tuple[bool|None, tuple[Box, ...]]:
-    "Whether it says that there is a defect (None: it cannot be read) and its boxes"
-    boxes = read_boxes(text).boxes
-    return (True if boxes else False if text.strip().startswith('None') else None), boxes
+    "Whether it says that there is a defect (None: it cannot be read, or it says Yes and gives no box) and its boxes"
+    found = read_boxes(text)
+    return (True if found.boxes else False if found.answer == 'No' or text.strip().startswith('None') else None), found.boxes
 
 def measure_boxes(
     texts: list[str], # one answer an image; untrusted
@@ -516,7 +516,7 @@ def box_report(
     references: list[Sample]|None=None, # a normal sample for each; None asks about one image
     asked: bool=False, # whether to ask the question of Anomaly-R1
     batch_size: int=16, # images at once
-    max_new_tokens: int=200, # of an answer
+    max_new_tokens: int=320, # of an answer
     progress: bool=True, # whether to show a bar with the time left
 ) -> dict: # of `measure_boxes`, and under 'texts' the answers
     "What a model's boxes on generated samples are worth"

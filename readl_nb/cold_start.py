@@ -31,7 +31,7 @@ from .explanations import knowledge_of, pictures_of, prompt_of, read_explanation
 from .grpo import check_common, lora_config, need_in
 from .images import BadImage, one_line, show_name
 from .inspection import choice, config_table, finite
-from .models import EMBEDDED, VLM, load_vlm, parse_response, prepare
+from .models import BOXES, VLM, load_vlm, parse_response, prepare
 from .scaling import kept_bytes, logit_bytes, parameters, shared, sizes
 from .training import (ADAPTER, RunRecorder, check_adapter, clock, closing, free_disk, free_memory, go, in_our_order,
                                read_settings, record_of, this_process, to_the_end, without_known_warnings)
@@ -40,7 +40,7 @@ from .training import (ADAPTER, RunRecorder, check_adapter, clock, closing, free
 @dataclass(frozen=True)
 class ColdStartConfig:
     "The choices of a cold start, each with its default, its reason and its alternatives. Source: MMR-AD 4.2, 5.1, Appendix D."
-    learning_rate: float = choice(2e-5, 'section 5.1', '1e-3 for readl-tiny: the smaller the model, the larger')
+    learning_rate: float = choice(2e-5, 'section 5.1', '1e-3 for readl-tiny-boxes: the smaller the model, the larger')
     batch_size: int = choice(4, 'section 5.1', '1 or more')
     epochs: float = choice(3., 'section 5.1', 'above 0')
     max_steps: int = choice(-1, 'epochs decide', '1 or more: so many steps, whatever epochs says')
@@ -133,7 +133,7 @@ def chosen_rows(
     rows = data.with_format(None) if isinstance(data, Dataset) else read_explanations(data)
     check_rows(rows, config)
     knowledge = knowledge_of(rows) if config.knowledge else None
-    reasons = [why_left_out(row, prompt_of(row, config.reference, knowledge), target_of(row, config.reasoning), tokenizer, config) for row in tqdm(rows, 'texts', delay=5, file=sys.stderr)]
+    reasons = [why_left_out(row, prompt_of(row, config.reference, knowledge), target_of(row, config.reasoning, config.reference), tokenizer, config) for row in tqdm(rows, 'texts', delay=5, file=sys.stderr)]
     left_out = Counter(filter(None, reasons))
     kept = rows.select([n for n, reason in enumerate(reasons) if not reason])
     if not len(kept): raise ValueError(f"none of the {len(rows)} texts can be learnt from: {'; '.join(f'{n} times {reason}' for reason, n in left_out.most_common(3)) or 'there are none'}; make them anew with readl_explain")
@@ -162,7 +162,7 @@ class Lessons(LazyImages):
         "Prompt and completion of a row: the prompt as `models.prepare` builds it, the completion with the sign that ends a response."
         prompt = prompt_of(row, self.config.reference, self.knowledge)
         template = self.processor.apply_chat_template(prompt.messages(), tokenize=False, add_generation_prompt=True)
-        return template, target_of(row, self.config.reasoning) + self.processor.tokenizer.eos_token
+        return template, target_of(row, self.config.reasoning, self.config.reference) + self.processor.tokenizer.eos_token
 
     def lesson(self, number):
         "The row of this number, or the next one of its label whose pictures can be read."
@@ -199,7 +199,7 @@ def token_losses(
     for n, row in enumerate(rows): groups.setdefault(prompt_of(row, config.reference, knowledge), []).append((n, row))
     batches = [(prompt, group[at:at + batch_size]) for prompt, group in groups.items() for at in range(0, len(group), batch_size)]
     for prompt, batch in tqdm(batches, 'loss', delay=5, file=sys.stderr, disable=not progress):
-        ids = [vlm.tokenizer(target_of(row, config.reasoning) + vlm.tokenizer.eos_token, add_special_tokens=False)['input_ids'] for _, row in batch]
+        ids = [vlm.tokenizer(target_of(row, config.reasoning, config.reference) + vlm.tokenizer.eos_token, add_special_tokens=False)['input_ids'] for _, row in batch]
         inputs = prepare(vlm, [pictures_of(row, config.reference) for _, row in batch], prompt, ids)
         logits = vlm.model(**inputs, logits_to_keep=max(map(len, ids)) + 1).logits[:, :-1].float()
         for (n, _), own, scores in zip(batch, ids, logits):
@@ -379,7 +379,7 @@ def cold_start(
     data,                      # folder of `explanations.explain`, or a Dataset of that schema
     out,                       # folder of the run, made when it is not there
     config=ColdStartConfig(),
-    model: str=EMBEDDED,       # as `load_vlm` takes it
+    model: str=BOXES,       # as `load_vlm` takes it
     device: str | None=None,   # 'cpu', 'cuda', ...; None takes the GPU when there is one, under `accelerate launch` that of the process
     callbacks=(),              # further ones of transformers
     progress: bool=True,       # an estimate, a bar and one line a step on standard error
@@ -395,5 +395,5 @@ def cold_start(
     vlm = load_vlm(model, device=str(device), image_size=config.image_size)
     rows, left_out, knowledge = chosen_rows(texts, vlm.tokenizer, config)
     train_from = lambda checkpoint: run_cold_start(vlm, rows, knowledge, left_out, out, config, checkpoint, callbacks, processes, say, progress, more)
-    ended = lambda same: 'nothing to do' * (out/ADAPTER).exists()
+    ended = lambda same: 'nothing to do' if same else 'its adapter is made again'
     return to_the_end(out, record_cold_start(config, model, rows, processes), steps_of(len(rows), config), lambda: train_from, say, ended, model)

@@ -497,7 +497,7 @@ def train_parser() -> argparse.ArgumentParser:
     add('--method', required=True, choices=('r1', 'cgro', 'anomaly_r1'), help='r1: rewards for format and answer; cgro: also for where the reasoning looked; anomaly_r1: for answer and boxes, with contrastive sampling')
     add('--data', required=True, metavar='DIR', help="folder of labelled images (MVTec layout, imagefolder, readl_nb's samples), or elpv; for anomaly_r1 the folder that readl_explain wrote")
     add('--out', required=True, metavar='DIR', help='folder of the run: metrics.jsonl, completions, checkpoints, adapter')
-    add('--model', default='readl-tiny', metavar='M', help='a Qwen2.5-VL: folder or hub name (default: the embedded readl-tiny)')
+    add('--model', metavar='M', help='a Qwen2.5-VL: folder or hub name (default: the embedded readl-tiny; for anomaly_r1 readl-tiny-boxes)')
     add('--adapter', metavar='A', help='anomaly_r1: adapter or run folder of a cold start to begin from; the result holds both')
     add('--config', metavar='FILE', help='YAML with settings, or the name of one in readl_nb/launch (default for models of this package: readl_tiny; for others: those of the paper)')
     add('--max-steps', type=at_least(1, int), metavar='N', help='steps in all; a larger number goes on with a finished run')
@@ -520,6 +520,7 @@ def train_options(
 ) -> argparse.Namespace:
     "The parsed arguments; options of another method are wrong usage."
     parser = train_parser(); options = parser.parse_args(arguments)
+    options.model = options.model or ('readl-tiny-boxes' if options.method == 'anomaly_r1' else 'readl-tiny')
     foreign = ONLY['others' if options.method == 'anomaly_r1' else 'anomaly_r1']
     for name in foreign:
         if getattr(options, name) is not None:

@@ -188,8 +188,10 @@ def contradictions(
     against = next((sentence for start, end in sentences(think) if (verdict_of(sentence := think[start:min(end, start + 1000)]) or answer) != answer), None)
     if against: return [f'contradiction: the reasoning says {one_line(against, 80)!r}, the answer is {answer}']
     if sum(1 for _ in islice(re.finditer(r'[^\W\d_]+', think), 4)) < 4: return ['form: the reasoning says nothing']
-    spots = [Box(*map(float, match.groups())) for match in islice(SPOT.finditer(think), 400)]
-    if spots and answer == 'No': return [f'contradiction: the reasoning names the place {list(spots[0].corners)}, the answer is No']
+    found = [*islice(SPOT.finditer(think), 400)]
+    spots = [Box(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in (map(float, match.groups()) for match in found)]
+    named = next((match[0] for match in found if not re.search(r'[\])]\s{0,3}(?:,|and)?\s{0,3}[\[(]', match[0])), None)   # (1, 2) and (3, 4) may be two things that are as they should be
+    if named and answer == 'No': return [f'contradiction: the reasoning names the place {named}, the answer is No']
     if not boxes: return []
     if not spots: return ['form: the reasoning gives no coordinates']
     near = iou_matrix(boxes, spots) > .5
@@ -363,9 +365,10 @@ def prompt_of(
 def target_of(
     row: dict,                # an explanation
     reasoning: bool = True,   # False: the answer only
+    reference: bool = True,   # whether the normal sample is shown; a text from masks does not speak of one that is not
 ) -> str:
     "What it should respond."
-    text = row['text'].strip()
+    text = row['text'].strip() if reference or row.get('source') != 'masks' else from_masks(row, reference=False)
     return text if reasoning else text[text.rfind('<answer>'):]
 
 def pictures_of(
@@ -684,8 +687,8 @@ def _explain_rows(
         write_atomic(store.out/SKIPPED, lambda file: file.write(''.join(as_json(row) + '\n' for row in skipped).encode()))
         counted = counts_of(store.out, [store.relative(path) for path in rows['path']], wishes.max_tries) | dict(references=reference_problems(rows))
         write_atomic(store.out/STATISTICS, lambda file: file.write(as_json(counted, indent=1).encode()))
-        if store.finished: write_tables(store.out)
     if _dead(lost): raise ValueError(f'{lost[-1]}; {len(lost)} requests failed one after the other; {counted["verified"]} of {counted["images"]} explanations are finished, and the same call goes on')
+    if store.finished: write_tables(store.out)
     return store.out
 
 # %% ../nbs/22_explanations.ipynb #c058

@@ -9,7 +9,7 @@ __all__ = ['QUESTION', 'SYSTEM', 'EMBEDDED', 'BOXES', 'PACKAGED', 'ADAPTERS', 'P
            'as_response', 'end_token_ids', 'generate', 'respond']
 
 # %% ../nbs/02_models.ipynb #c003
-import importlib.util, re, warnings
+import importlib.util, json, re, warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,7 +64,8 @@ def load_processor(path:str # folder or hub name
 EMBEDDED = 'readl-tiny'
 BOXES = 'readl-tiny-boxes' # writes boxes, see 22b_box_pretraining
 PACKAGED = {EMBEDDED: 'readl_tiny', BOXES: 'readl_tiny_boxes'} # models of this package and their folders
-ADAPTERS = {'readl-tiny-r1': EMBEDDED, 'readl-tiny-cgro': EMBEDDED} # each and its model; trained in ablations/table2_training,
+ADAPTERS = {'readl-tiny-r1': EMBEDDED, 'readl-tiny-cgro': EMBEDDED, # each with its model; trained in ablations/table2_training
+            'anomaly-r1-tiny': BOXES} # in ablations/mmr_table5
 
 @dataclass(frozen=True)
 class VLM:
@@ -111,7 +112,6 @@ def load_vlm(name:str=EMBEDDED, # 'readl-tiny' (in this package), a folder, or a
             ) -> VLM: # ready for `respond`
     "A Qwen2.5-VL with its processor; raises `ValueError` with one sentence when `name` or `adapter` is not usable. Weights are read from safetensors only."
     path = model_path(name); _check_is_qwen(name, path)
-    if name in PACKAGED and ADAPTERS.get(adapter, name) != name: raise ValueError(f'the adapter {adapter!r} was trained on {ADAPTERS[adapter]!r}, not on {name!r}: load it with that model')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == 'cuda' else torch.float32)
     try:
@@ -119,16 +119,18 @@ def load_vlm(name:str=EMBEDDED, # 'readl-tiny' (in this package), a folder, or a
         processor = load_processor(path)
     except Exception as error: # whatever is wrong with the files
         raise ValueError(f'cannot load model {name!r}: {_first_line(error)}: give a folder with safetensors weights, tokenizer and image processor') from None
-    if adapter is not None: model = _with_adapter(model, adapter)
+    if adapter is not None: model = _with_adapter(model, adapter, name)
     return VLM(model.to(device).eval(), processor, name, image_size)
 
-def _with_adapter(model, adapter):
+def _with_adapter(model, adapter, name):
     from huggingface_hub import snapshot_download
     from peft import PeftModel
     try:
         folder = adapter_path(adapter)
         if not Path(folder).is_dir(): folder = snapshot_download(adapter, allow_patterns=['*.json', '*.safetensors'])
         if not (Path(folder) / 'adapter_model.safetensors').is_file(): raise ValueError('it holds no adapter_model.safetensors')
+        base = json.loads((Path(folder) / 'adapter_config.json').read_text('utf8')).get('base_model_name_or_path')
+        if name != base and {name, base} <= {*PACKAGED}: raise ValueError(f'it was trained on {base!r}, not on {name!r}') # PEFT would leave out what does not fit, without a word
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', '.*is_gradient_checkpointing', FutureWarning) # PEFT's own question to transformers
             return PeftModel.from_pretrained(model, folder)

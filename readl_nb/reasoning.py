@@ -283,9 +283,9 @@ def merge(
     return tuple(boxes)
 
 # %% ../nbs/09c_reasoning.ipynb #c048
-GAP = .06     # of the longer side: parts of a mask or map nearer than this are one defect, as the specks of one contamination
+GAP = .06     # of the side of the square that the model sees: parts of a mask or map nearer than this are one defect, as the specks of one contamination
 SPECK = 1e-4  # of the picture's area: smaller boxes are no defects, save the largest
-MOST_DEFECTS = 500   # of one mask, the largest
+MOST_DEFECTS = 500   # of one mask, the largest boxes after joining pieces of it; these are joined once more
 
 def parts_of(
     inside,   # bool [h, w]
@@ -305,14 +305,16 @@ def _defects(mask, size, gap):
     mask = np.asarray(mask)
     if mask.ndim != 2 or not mask.size: raise ValueError(f'the mask has shape {mask.shape}; give one number a pixel, [height, width]')
     x, y = size[0] / mask.shape[1], size[1] / mask.shape[0]
-    boxes = merge([Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y) for box in parts_of(mask != 0)[0]], gap * max(size))
-    boxes = sorted(boxes, key=lambda box: -box.area)[:MOST_DEFECTS]
-    return sorted((box for box in boxes if box.area >= min(SPECK * size[0] * size[1], boxes[0].area)), key=lambda box: (box.y1, box.x1))
+    parts, gap = [Box(box.x1 * x, box.y1 * y, box.x2 * x, box.y2 * y) for box in parts_of(mask != 0)[0]], gap * max(size)
+    boxes = [box for start in range(0, len(parts), PIECE) for box in merge(parts[start:start + PIECE], gap)]
+    boxes = merge(sorted(boxes, key=lambda box: -box.area)[:MOST_DEFECTS], gap)   # so few that noise ends too
+    least = min(SPECK * size[0] * size[1], max((box.area for box in boxes), default=0))
+    return sorted((box for box in boxes if box.area >= least), key=lambda box: (box.y1, box.x1))
 
 def defects(
     mask,                # [h, w], not 0 is a defect
     image_size: int | None = 420,   # side in pixels of the square the boxes are for; None: the size of the mask
-    gap: float = GAP,    # parts closer than this share of the longer side are one defect; 1 joins all, below 0 none
+    gap: float = GAP,    # parts closer than this share of the square's side (None: of the longer side) are one defect; 1 joins all, below 0 none
 ) -> tuple[Box, ...]:
     "The boxes of the defects of a mask, whole numbers inside the square, without label, by row and column; () for an empty mask. Raises `ValueError` for a mask that is not [h, w]."
     size = (image_size, image_size) if image_size else np.shape(mask)[::-1]
@@ -426,7 +428,7 @@ def references(
     return [reference_of(row, explanations)[0] for row in tqdm(rows_of(dataset), unit='image', desc='references', disable=not progress)]
 
 # %% ../nbs/09c_reasoning.ipynb #c066
-PROCEDURE = (f'readl_nb, not the procedure of any paper: the dataset\'s own explanation where it has one, else a sentence built from mask, category and kind. Regions nearer than {GAP:.0%} of the longer side are one; '
+PROCEDURE = (f'readl_nb, not the procedure of any paper: the dataset\'s own explanation where it has one, else a sentence built from mask, category and kind. Regions nearer than {GAP:.0%} of the side of the square that the model sees are one; '
              + ', '.join(f'{word} below {limit:.1%}' for limit, word in SIZES[:-1]) + f' of the image\'s area, else {SIZES[-1][1]}; elongated above {ELONGATED}:1; place by the centre on a 3 x 3 grid, '
              f'across the image when the box covers {ACROSS:.0%} of both sides; regions of one place are named together, {NAMED} places at most. Not checked by people.')
 

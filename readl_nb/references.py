@@ -592,14 +592,15 @@ def normals_from(
 ) -> list[tuple]:
     """(category, path) of its normal images; category '' serves every category.
 
-    A folder with labels gives its normal images; only of a folder in no known layout, not even a damaged one, every image counts as normal. Raises `ValueError`, one line, when there is
+    A folder with labels gives its normal images; only of a folder in no known layout, not even a damaged one, every image counts as normal: when its folders carry names of `categories`,
+    each of them serves its own category and only images outside of them serve every one. Raises `ValueError`, one line, when there is
     none, and for a folder whose layout is known and whose labels cannot be read: a defective image must never pass for a normal one."""
     name = 'the dataset'
     if isinstance(normals, (str, os.PathLike)):
         name = show_name(normals)
         if unlabelled(normals):
-            paths = [(Path(os.path.relpath(path, normals)).parts[:1], str(path)) for path in find_images(normals)]
-            return [(first[0] if first and first[0] in categories else '', path) for first, path in paths]
+            found = [((*Path(os.path.relpath(path, normals)).parts[:-1], '')[0], str(path)) for path in find_images(normals)]   # with its first folder
+            return found if categories & {first for first, _ in found if first} else [('', path) for _, path in found]
     rows = labelled(normals) if isinstance(normals, (str, os.PathLike)) else normals.with_format(None)
     found = [(category, path) for category, path, label in zip(rows['category'], rows['path'], rows['label']) if not label]
     if not found: raise ValueError(f'there is no normal image in {name} to choose references from; give normals=, a folder or a dataset with normal images')
@@ -679,7 +680,8 @@ def pair_category(
             other_size += bool(answer) and tuple(index.sizes[answer[0][0]]) != tuple(size)
     if other_size: counted.append(f'{other_size} of {len(paths)} references of {shown} have another size than their image; both are scaled to the same square, so check that their shapes are alike')
     if none := sum(not answer and path not in files for answer, path in zip(found, paths)):
-        counted.append(f'{none} of {len(paths)} images of {shown} get no reference, because there is no other normal image of this category; add normal images')
+        why = f'none of the normal images to choose from ({len(pool)}) can be read and shows another picture' if pool else 'there is no normal image of this category to choose from'
+        counted.append(f'{none} of {len(paths)} images of {shown} get no reference, because {why}; add normal images, or give others as normals=')
     return found, counted, [f'{show_name(path)}: {reason}' for path, reason in files.items()]
 
 # %% ../nbs/21_references.ipynb #c094

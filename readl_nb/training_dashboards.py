@@ -149,8 +149,8 @@ def boxes_in(
     text: str,   # {'bbox_2d': [x1, y1, x2, y2], 'label': ...}, ... as the run stored it; untrusted
 ) -> list[Box]:
     "The boxes written in a column of the completions; none where the text is not such a list."
-    try: return [Box(*map(float, box['bbox_2d']), str(box['label'])) for box in ast.literal_eval(f'[{text[:20_000]}]')]
-    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError): return []
+    try: return [Box(*map(float, box['bbox_2d']), label=str(box['label'])) for box in ast.literal_eval(f'[{text[:20_000]}]')]
+    except (ValueError, SyntaxError, TypeError, KeyError, OverflowError, MemoryError, RecursionError): return []
 
 # %% ../nbs/12b_training_dashboards.ipynb #c019
 def cut_off(

@@ -17,7 +17,7 @@ import json, sys
 from datasets import load_from_disk
 from readl_nb.anomaly_r1 import AnomalyR1Config, Contrast, anomaly_data, train_anomaly_r1
 texts, out, settings = sys.argv[1:]
-train_anomaly_r1(load_from_disk(texts), out, AnomalyR1Config(**json.loads(settings)), device='cpu')
+train_anomaly_r1(load_from_disk(texts), out, AnomalyR1Config(**json.loads(settings)), model='readl-tiny', device='cpu')
 '''
 
 def explained(folder):
@@ -59,20 +59,20 @@ def test_killed_it_goes_on_as_if_nothing_had_been(made, tmp_path, code, moment):
     out = tmp_path/'run'
     kill_when(lambda: moment(out), command(made, out, code, max_steps=600), limit=600)
     assert len(read_metrics(out)) < 3
-    train_anomaly_r1(load_from_disk(made/'texts'), out, AnomalyR1Config(**SETTINGS), device='cpu', progress=False)
+    train_anomaly_r1(load_from_disk(made/'texts'), out, AnomalyR1Config(**SETTINGS), model='readl-tiny', device='cpu', progress=False)
     assert steps(out) == steps(made/'run') and completions(out) == completions(made/'run')
     assert adapter(out) == adapter(made/'run')
     assert [path.name for path in checkpoints(out)] == ['checkpoint-4', 'checkpoint-6']
 
 def test_without_contrastive_sampling_groups_stay_as_they_were(made, tmp_path):
-    train_anomaly_r1(load_from_disk(made/'texts'), tmp_path/'run', AnomalyR1Config(**SETTINGS | dict(contrastive=False, max_steps=2)), device='cpu', progress=False)
+    train_anomaly_r1(load_from_disk(made/'texts'), tmp_path/'run', AnomalyR1Config(**SETTINGS | dict(contrastive=False, max_steps=2)), model='readl-tiny', device='cpu', progress=False)
     line, = steps(tmp_path/'run')
     assert line['groups/sampled_equal'] == line['zero_variance_groups'] and line['groups/verified'] == line['groups/rewritten'] == 0 and abs(line['groups/sampled_reward'] - line['reward']) < 1e-6
 
 def files(folder): return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 def test_the_adapter_is_that_of_the_last_checkpoint(made, tmp_path, capsys):
-    def train(steps, **more): return train_anomaly_r1(load_from_disk(made/'texts'), tmp_path/'run', AnomalyR1Config(**SETTINGS | dict(max_steps=steps)), adapter=made/'run', device='cpu', progress=False, **more)
+    def train(steps, **more): return train_anomaly_r1(load_from_disk(made/'texts'), tmp_path/'run', AnomalyR1Config(**SETTINGS | dict(max_steps=steps)), adapter=made/'run', model='readl-tiny', device='cpu', progress=False, **more)
     train(2, bf16=True)   # from the folder of a run, with products in bfloat16 as on a GPU
     shutil.copytree(tmp_path/'run'/'adapter', tmp_path/'older')
     whole = files(train(4, bf16=True)); capsys.readouterr()
@@ -85,7 +85,7 @@ def test_the_adapter_is_that_of_the_last_checkpoint(made, tmp_path, capsys):
 def test_a_run_does_not_go_on_with_others(made):
     texts, config = load_from_disk(made/'texts'), AnomalyR1Config(**SETTINGS)
     others = texts.map(lambda row, n: dict(reference=texts[n - 1]['reference']), with_indices=True)
-    def go_on(texts, **more): return train_anomaly_r1(texts, made/'run', config, device='cpu', progress=False, **more)
+    def go_on(texts, **more): return train_anomaly_r1(texts, made/'run', config, model='readl-tiny', device='cpu', progress=False, **more)
     with pytest.raises(ValueError, match='holds another run: the references_sha256 of the data differs'): go_on(others)
     with pytest.raises(ValueError, match='opposites is null there and ".*largest" here'): go_on(texts, opposite=Cut())
     assert go_on(texts) == made/'run'/'adapter'

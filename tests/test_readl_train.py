@@ -189,7 +189,7 @@ def test_anomaly_r1_gets_what_the_command_says(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(anomaly_r1, 'train_anomaly_r1', lambda *given: seen.append(given) or tmp_path/'run'/'adapter')
     assert readl_train(anomaly(tmp_path/'run', '--adapter', 'cold', '--max-steps', 8, '--no-contrastive', '--knowledge', '--seed', 3)) == 0
     data, out, config, model, adapter, device = seen[0]
-    assert (data, out, model, adapter, device) == ('texts', str(tmp_path/'run'), 'readl-tiny', 'cold', 'cpu')
+    assert (data, out, model, adapter, device) == ('texts', str(tmp_path/'run'), 'readl-tiny-boxes', 'cold', 'cpu')
     assert (config.max_steps, config.contrastive, config.knowledge, config.reference, config.reasoning, config.seed, config.opposite) == (8, False, True, True, True, 3, 'masks')
     assert readl_train(anomaly(tmp_path/'run', '--model', 'another')) == 0
     assert seen[1][2] == anomaly_r1.AnomalyR1Config() and seen[1][4] is None, 'another model has the settings of the paper'

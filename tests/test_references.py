@@ -4,8 +4,9 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
+from datasets import Dataset
 from readl_nb.datasets import labelled
-from readl_nb.references import INDEX, PARTS, ReferenceIndex, filter_bank, pack_index, pair_references, unpack_index
+from readl_nb.references import INDEX, PARTS, ReferenceIndex, filter_bank, normals_from, pack_index, pair_references, reference_problems, unpack_index
 
 BUILD = '''
 import sys, time
@@ -75,6 +76,24 @@ def test_defective_images_are_never_normal_ones(normals, root, tmp_path):
         with pytest.raises(ValueError): pair_references(rows, tmp_path/name, progress=False)
     assert pair_references(rows.select([0]), tmp_path/'plain', sample=(4, 500), restarts=1, progress=False)['reference'] == [str(tmp_path/'plain'/'0.jpg')]
     assert pair_references(rows.select([0]), tmp_path/'plain'/'0.jpg', sample=(4, 500), restarts=1, progress=False)['reference'] == [str(tmp_path/'plain'/'0.jpg')]   # one file
+
+def test_a_folder_a_category_serves_no_other_category(normals, root, tmp_path):
+    "brick/ and leather/ with only bricks asked for: leather serves nobody; without any folder of theirs, and from one plain folder, every image serves all"
+    for place in ('brick', 'leather', 'plain'): (tmp_path/place).mkdir(); shutil.copy(normals[0], tmp_path/place/'0.jpg')
+    def found(folder, categories): return sorted((category, os.path.relpath(path, folder)) for category, path in normals_from(folder, categories))
+    (tmp_path/'plain'/'0.jpg').rename(tmp_path/'1.jpg'); (tmp_path/'plain').rmdir()
+    assert found(tmp_path, {'brick'}) == [('', '1.jpg'), ('brick', 'brick/0.jpg'), ('leather', 'leather/0.jpg')]
+    for categories in (set(), {'metal'}): assert found(tmp_path, categories) == [('', '1.jpg'), ('', 'brick/0.jpg'), ('', 'leather/0.jpg')]
+    assert found(tmp_path/'brick', set()) == found(tmp_path/'brick', {'brick'}) == [('', '0.jpg')]
+
+def test_no_reference_says_what_there_was_to_choose_from(root, tmp_path):
+    "train holds a broken file and one copy of the only readable picture: it is not said that the category has no normal image, for test/good has some"
+    rows = labelled(root/'sample_data', categories=('metal',)).to_list()
+    train, good = ([row for row in rows if not row['label'] and row['split'] == split] for split in ('train', 'test'))
+    (tmp_path/'broken.jpg').write_bytes(b'no picture')
+    pair = pair_references(Dataset.from_list([train[0], train[0] | dict(path=str(tmp_path/'broken.jpg')), good[0]]), sample=(4, 500), restarts=1, progress=False)
+    assert pair['reference'] == ['', '', os.path.abspath(train[0]['path'])]
+    assert any("1 of 3 images of 'metal' get no reference, because none of the normal images to choose from (2) can be read and shows another picture" in said for said in reference_problems(pair))
 
 def test_features_without_a_name_are_not_stored(normals, tmp_path):
     "two lambdas share a name: the index of one must not be taken for that of the other"
