@@ -51,7 +51,7 @@ from .samples import CATEGORIES, DEFECTS, LOCATIONS
 def boxes_of(
     row: dict,               # of a dataset, as `labelled` gives it: path, mask, label, defect
     image_size: int = 420,   # side in pixels of the square the model is shown
-    gap: float = GAP,        # parts of the mask nearer than this share of the longer side are one defect; 1 joins all
+    gap: float = GAP,        # parts of the mask nearer than this share of the square's side are one defect; 1 joins all
 ) -> tuple[tuple[int, int], tuple[Box, ...]]:
     "Width and height of the image file, and the boxes of its defects in the square, whole numbers.\n\nRaises `ValueError`, one line, for an image or mask that cannot be used."
     size = read_image(row['path']).size
