@@ -377,9 +377,9 @@ def test_boxes_are_drawn_named_switched_and_measured(window, paired):
             path = page.locator(f'.stage .boxes.{kind} .line')
             style = path.evaluate('path => { const { stroke, strokeDasharray } = getComputedStyle(path); return stroke + " " + strokeDasharray }'); seen |= set(style.split(') '))
             assert path.get_attribute('d').count('M') == (len(true) if kind == 'true' else 2 if kind == 'predicted' else 1)
-            box = page.locator(f'input[name=box_{kind}]'); box.uncheck(); page.mouse.move(0, 0)
+            box = page.locator(f'input[name=box_{kind}]'); box.uncheck(); page.mouse.move(0, 0); settled(page)
             assert state(page)[f'box_{kind}'] is False and not path.get_attribute('d') and picture(page) != whole and page.locator(f'.chip.{kind}:visible').count() == 0
-            box.check()
+            box.check(); settled(page)
         assert len(seen) == 8, 'each kind has a colour and a line of its own'
         assert page.locator('.chip.predicted').all_text_contents() == ['predicted: contamination', 'predicted: <img src=x onerror=alert(1)>\\u202e'] and page.locator('.readl-viewer img[src=x]').count() == 0
         left = page.locator('.stage .boxes.map .line').get_attribute('d'); assert left.startswith('M0 390') and 'V420' in left   # clipped
