@@ -1,10 +1,11 @@
 "Building an index of normal images that is killed in the middle, and what a user is told about a folder that does not fit."
-import os, shutil, signal, subprocess, sys, time
+import os, shutil, sys
 from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from helpers import kill_when
 from readl_nb.datasets import labelled
 from readl_nb.references import INDEX, PARTS, ReferenceIndex, filter_bank, normals_from, pack_index, pair_references, reference_problems, unpack_index
 
@@ -22,13 +23,10 @@ references.ReferenceIndex.build(sys.argv[2:], slow, folder=sys.argv[1], sample=(
 @pytest.fixture(scope='module')
 def normals(root): return [row['path'] for row in labelled(root/'sample_data') if not row['label']]
 
-def test_a_killed_build_goes_on(normals, tmp_path, root, monkeypatch):
+def test_a_killed_build_goes_on(normals, tmp_path, monkeypatch):
     "kill -9 after the first stored part; the same call finishes it, does not repeat what is there, and finds what an undisturbed build finds"
     folder = tmp_path/'index'
-    process = subprocess.Popen([sys.executable, '-c', BUILD, folder, *normals], cwd=root)
-    until = time.monotonic() + 300
-    while not list((folder/PARTS).glob('*.safetensors')) and process.poll() is None and time.monotonic() < until: time.sleep(.02)
-    process.send_signal(signal.SIGKILL); process.wait()
+    kill_when(lambda: any((folder/PARTS).glob('*.safetensors')), [sys.executable, '-c', BUILD, folder, *normals])
     there = {file: file.stat().st_mtime_ns for file in (folder/PARTS).glob('[0-9]*.safetensors')}
     assert there and not (folder/INDEX).exists(), 'it was killed too early or too late'
     seen = []
